@@ -1,0 +1,348 @@
+"""The recipe: everything a human chooses, as strict typed sections, and the loader that turns one YAML file into them.
+
+Where things run (ranks, backends, servers) is not here: it is never part of an identity.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from repro_assets.trust.canonical import digest
+
+
+class RecipeError(Exception):
+    """A recipe that cannot be used; the message names the file, the line, the key and the remedy."""
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every part of a recipe: frozen, unknown keys refused, every default visible in `repro recipe show`."""
+
+    def identity(self) -> dict[str, Any]:
+        """The values that identities are made of: every field, defaults written out."""
+        return msgspec.to_builtins(self)
+
+    def digest(self) -> str:
+        return digest(self.identity())
+
+
+class RawSection(Section):
+    """Which raw paths belong to this recipe: glob patterns (`**` crosses folders) against the path on the raw branch."""
+
+    include: tuple[str, ...] = ("**",)
+    exclude: tuple[str, ...] = ()
+
+
+class Source(Section):
+    """How the files that match are read. `shape` names the row: chat messages or a prompt and its completion.
+
+    `fields` maps our names (messages, prompt, completion, system, id) to the row's; a dotted name reaches into nested rows.
+    `slices` maps a label to the field that holds its value. `license` is an SPDX identifier.
+    """
+
+    match: str
+    shape: Literal["messages", "prompt_completion"]
+    fields: dict[str, str] = {}
+    slices: dict[str, str] = {}
+    license: str = "NOASSERTION"
+
+
+class Split(Section):
+    """Share of records held out for validation, drawn by keyed hash of the record id, so that no record changes side."""
+
+    validation: float = 0.05
+    key: str = "split"
+
+
+class RecordsSection(Section):
+    """Cleaning. `quarantine_limit`: share of rows read that may be bad before the asset stops. `row_limit`: bytes of one row.
+
+    `contamination: exact` drops training records whose prompt equals an evaluation item's (NFC, case and spaces folded).
+    """
+
+    sources: tuple[Source, ...]
+    normalize: Literal["NFC", "none"] = "NFC"
+    duplicates: Literal["drop", "keep"] = "drop"
+    contamination: Literal["exact", "off"] = "exact"
+    quarantine_limit: float = 0.01
+    row_limit: int = 16 * 1024 * 1024
+    split: Split = Split()
+
+
+class ShardingSection(Section):
+    """Rendering and leaves. `max_tokens`: longer records are cut and counted. `target`: records a leaf, on average."""
+
+    max_tokens: int = 2048
+    train_on: Literal["assistant", "last_assistant"] = "assistant"
+    order: Literal["path", "key_hash"] = "path"
+    target: int = 256
+
+
+class Drift(Section):
+    """Limits on effect size against the last promoted snapshot: population stability index and Jensen-Shannon distance."""
+
+    psi_warn: float = 0.1
+    psi_fail: float = 0.25
+    js_warn: float = 0.1
+    js_fail: float = 0.2
+
+
+class ValidationSection(Section):
+    """Rules on the shards. Lengths in tokens, shares in 0..1. `reproduce`: records rebuilt from raw and compared."""
+
+    min_records: int = 1
+    min_tokens: int = 2
+    max_truncated: float = 0.02
+    min_trained: float = 0.01
+    drift: Drift = Drift()
+    reproduce: int = 3000
+
+
+class BaseModelSection(Section):
+    """A local folder (`path`, relative to the recipe), or a hub id (`repo`) with its full commit hash (`revision`)."""
+
+    path: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+    license: str = "NOASSERTION"
+
+    def identity(self) -> dict[str, Any]:
+        """Without `path`: where a folder lies on one machine identifies nothing; its files' digests do."""
+        return {key: value for key, value in msgspec.to_builtins(self).items() if key != "path"}
+
+
+class Lora(Section):
+    """The adapter. `targets`: `all-linear` or names of modules."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+class TrainingSection(Section):
+    """One training. A step is `micro_batches` forward passes of `rows` packed rows of `row_tokens` tokens, summed in order.
+
+    `steps`: null means whole epochs. `checkpoint_every` and `validate_every` in steps; `keep`: checkpoints linked beside the best one.
+    `compute_dtype: auto` is bfloat16 where the hardware has it, else float32; the choice is part of the checkpoint's content.
+    """
+
+    seed: int = 7
+    epochs: int = 1
+    steps: int | None = None
+    row_tokens: int = 2048
+    rows: int = 1
+    micro_batches: int = 8
+    learning_rate: float = 2e-4
+    warmup: float = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    lora: Lora = Lora()
+    quantization: Literal["nf4", "none"] = "nf4"
+    double_quant: bool = True
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    activation_checkpointing: bool = False
+    checkpoint_every: int = 500
+    validate_every: int = 500
+    validation_rows: int = 64
+    keep: int = 2
+
+
+class SuiteSource(Section):
+    """A folder of lm-eval YAML and JSONL (`path`, relative to the recipe). `labels`: item fields that are slices. `cluster`: item field
+    whose equal values share a source. `prompt`: item field that the contamination check compares."""
+
+    name: str
+    path: str
+    labels: tuple[str, ...] = ()
+    cluster: str | None = None
+    prompt: str = "prompt"
+
+    def identity(self) -> dict[str, Any]:
+        return {key: value for key, value in msgspec.to_builtins(self).items() if key != "path"}
+
+
+class EvaluationSection(Section):
+    """What is scored. `batch_size` is part of the identity: it moves log-probabilities."""
+
+    suites: tuple[SuiteSource, ...]
+    batch_size: int = 32
+    seed: int = 1234
+
+    def identity(self) -> dict[str, Any]:
+        return {**msgspec.to_builtins(self), "suites": [suite.identity() for suite in self.suites]}
+
+
+class Gate(Section):
+    """One rule of the policy. `label: overall` gates the whole suite, another label each of its values (or only those in `values`).
+
+    `margin`: share of items the candidate may lose to the baseline. `minimum`: share it must reach whatever the baseline has.
+    """
+
+    name: str
+    suite: str
+    task: str | None = None
+    label: str = "overall"
+    values: tuple[str, ...] | None = None
+    margin: float = 0.05
+    minimum: float | None = None
+    alpha: float = 0.05
+    level: Literal["hard", "soft"] = "hard"
+
+
+class GatesSection(Section):
+    """The promotion policy. `on_regressed`: what a hard gate that fails asks for."""
+
+    gates: tuple[Gate, ...]
+    on_regressed: Literal["hold", "rollback", "retrain"] = "hold"
+
+
+class Recipe(Section, kw_only=True):
+    """One recipe. `name` is a folder name in lakeFS and never part of an identity."""
+
+    name: str
+    description: str = ""
+    raw: RawSection = RawSection()
+    base_model: BaseModelSection
+    records: RecordsSection
+    sharding: ShardingSection = ShardingSection()
+    validation: ValidationSection = ValidationSection()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection
+    gates: GatesSection
+
+    def identity(self) -> dict[str, Any]:
+        sections = ("raw", "base_model", "records", "sharding", "validation", "training", "evaluation", "gates")
+        return {name: getattr(self, name).identity() for name in sections}
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A recipe and the file it came from; relative paths in it start at the file's folder."""
+
+    recipe: Recipe
+    path: Path
+
+    def folder(self, relative: str) -> Path:
+        return (self.path.parent / relative).resolve()
+
+
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+def load(path: Path | str) -> Loaded:
+    """The recipe in one YAML file. Raises RecipeError naming file, line, key and remedy."""
+    path = Path(path).resolve()
+    try:
+        tree = YAML(typ="rt", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe; name a YAML file with --recipe or REPRO_RECIPE") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{path}:{line}: not YAML: {error.problem}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}:1: a recipe is a mapping of sections; start from `repro recipe show`")
+    try:
+        recipe = msgspec.convert(_plain(tree), Recipe, strict=True)
+    except msgspec.ValidationError as error:
+        raise RecipeError(_explain(path, tree, str(error))) from None
+    _check(path, tree, recipe)
+    return Loaded(recipe, path)
+
+
+def _plain(value: Any) -> Any:
+    """ruamel's marked containers and scalars as builtins, so that msgspec's strict conversion sees true types."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _explain(path: Path, tree: Any, message: str) -> str:
+    """msgspec's message with the line of the key it speaks of, and the nearest known key for an unknown one."""
+    where = re.search(r" - at `\$(.*)`$", message)
+    steps = re.findall(r"\.([A-Za-z_]\w*)|\[(\d+)\]", where.group(1)) if where else []
+    keys: list[str | int] = [name if name else int(index) for name, index in steps]
+    said = message[: where.start()] if where else message
+    if unknown := re.search(r"unknown field `(.*)`", said):
+        name = unknown.group(1)
+        known = _known(keys)
+        near = difflib.get_close_matches(name, known, 1, 0.5)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        return f"{path}:{_line(tree, [*keys, name])}: unknown key `{_dotted([*keys, name])}`{hint} Known here: {', '.join(known)}"
+    return f"{path}:{_line(tree, keys)}: `{_dotted(keys) or 'recipe'}`: {said}"
+
+
+def _dotted(keys: list[str | int]) -> str:
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
+
+
+def _line(tree: Any, keys: list[str | int]) -> int:
+    """1-based line of the deepest of `keys` that the YAML tree has."""
+    line = 1
+    for key in keys:
+        try:
+            line = (tree.lc.item(key) if isinstance(key, int) else tree.lc.key(key))[0] + 1
+            tree = tree[key]
+        except (KeyError, IndexError, AttributeError, TypeError):
+            break
+    return line
+
+
+def _known(keys: list[str | int]) -> list[str]:
+    """Names of the fields that a mapping at `keys` may have, in the order of the type."""
+    kind: Any = msgspec.inspect.type_info(Recipe)
+    for key in keys:
+        kind = _unwrap(kind)
+        if isinstance(key, int):
+            kind = kind.item_type
+        elif isinstance(kind, msgspec.inspect.StructType):
+            kind = next(field.type for field in kind.fields if field.encode_name == key)
+        else:
+            return []
+    kind = _unwrap(kind)
+    return [field.encode_name for field in kind.fields] if isinstance(kind, msgspec.inspect.StructType) else []
+
+
+def _unwrap(kind: Any) -> Any:
+    if isinstance(kind, msgspec.inspect.UnionType):
+        return next((option for option in kind.types if not isinstance(option, msgspec.inspect.NoneType)), kind)
+    return kind
+
+
+def _check(path: Path, tree: Any, recipe: Recipe) -> None:
+    """Rules that no single field's type can say."""
+
+    def refuse(keys: list[str | int], message: str) -> None:
+        raise RecipeError(f"{path}:{_line(tree, keys)}: `{_dotted(keys)}`: {message}")
+
+    if not NAME.fullmatch(recipe.name):
+        refuse(["name"], f"{recipe.name!r} is a folder name in lakeFS: lower-case letters, digits and dashes, at most 63")
+    model = recipe.base_model
+    if (model.path is None) == (model.repo is None):
+        refuse(["base_model"], "give either `path` (a folder) or `repo` with `revision`, not both or none")
+    if model.repo and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
+        refuse(["base_model", "revision"], "a hub model needs the full 40-digit commit hash; a branch or tag name moves")
+    suites = {suite.name for suite in recipe.evaluation.suites}
+    for index, gate in enumerate(recipe.gates.gates):
+        if gate.suite not in suites:
+            refuse(["gates", "gates", index, "suite"], f"no suite {gate.suite!r} under evaluation.suites; known: {', '.join(sorted(suites))}")
+        if not 0 < gate.margin < 1:
+            refuse(["gates", "gates", index, "margin"], "a margin is a share of items between 0 and 1")
+    if not recipe.records.sources:
+        refuse(["records", "sources"], "at least one source is needed to read anything")
+    if not 0 <= recipe.records.split.validation < 1:
+        refuse(["records", "split", "validation"], "a share between 0 and 1")
+    for name in ("row_tokens", "rows", "micro_batches", "epochs", "checkpoint_every", "validate_every"):
+        if getattr(recipe.training, name) < 1:
+            refuse(["training", name], "must be at least 1")

@@ -1,0 +1,1 @@
+"""Pure trust code: canonical JSON, blobs, environment, statements, signatures, certificates. No Dagster, no servers."""
