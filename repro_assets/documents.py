@@ -44,6 +44,19 @@ R = TypeVar("R", bound=Result)
 O = TypeVar("O", bound=Observed)
 
 
+class Made(Value):
+    """How a document came to be in one run. `key` and `components`: what the memo compared; `sources`: module to SHA-256 of its code."""
+
+    key: str
+    components: dict[str, Any]
+    sources: dict[str, str]
+    reused: bool
+    run: str
+    at: str
+    host: str
+    actor: str
+
+
 class Document(msgspec.Struct, Generic[R, O], frozen=True, kw_only=True):
     """One asset in one snapshot. `inputs` maps a name (an upstream asset, or a reference such as `baseline`) to a content digest."""
 
@@ -51,11 +64,16 @@ class Document(msgspec.Struct, Generic[R, O], frozen=True, kw_only=True):
     section: dict[str, Any]
     result: R
     observed: O
+    made: Made
 
     def content(self) -> bytes:
         """Canonical JSON of the half that must come out the same again."""
         kind = type(self.result)
         return canonical({"asset": kind.asset, "schema": kind.schema, "inputs": self.inputs, "section": self.section, "result": self.result})
+
+    def beside(self) -> bytes:
+        """Canonical JSON of the observed half, as `observed.json` holds it."""
+        return canonical({"made": self.made, "observed": self.observed})
 
     @property
     def digest(self) -> str:
@@ -75,15 +93,25 @@ def parse(kind: type[R], observed: type[O], content: bytes, beside: bytes) -> Do
 
     Raises DocumentError naming the asset and the field for an unknown field, a wrong type, another asset or a schema of the future.
     """
+    inputs, section, result = parse_content(kind, content)
+    raw = _json(kind, "observed.json", beside, ("made", "observed"))
     try:
-        raw = msgspec.json.decode(content)
-        other = msgspec.json.decode(beside)
-    except msgspec.DecodeError as error:
-        raise DocumentError(f"{kind.asset}: document.json or observed.json is not JSON: {error}; restore it with `repro materialize`") from error
-    if not isinstance(raw, dict) or set(raw) != {"asset", "schema", "inputs", "section", "result"}:
-        raise DocumentError(f"{kind.asset}: a document has the fields asset, schema, inputs, section, result; this one has {sorted(raw)}")
+        return Document(
+            inputs=inputs,
+            section=section,
+            result=result,
+            observed=msgspec.convert(raw["observed"], observed),
+            made=msgspec.convert(raw["made"], Made),
+        )
+    except (msgspec.ValidationError, ValueError) as error:
+        raise DocumentError(f"{kind.asset}: observed.json: {error}; materialize {kind.asset} again") from error
+
+
+def parse_content(kind: type[R], content: bytes) -> tuple[dict[str, str], dict[str, Any], R]:
+    """(inputs, section, result) of a document.json. Raises DocumentError as `parse` does."""
+    raw = _json(kind, "document.json", content, ("asset", "inputs", "result", "schema", "section"))
     if raw["asset"] != kind.asset:
-        raise DocumentError(f"{kind.asset}: this is the document of {raw['asset']!r}")
+        raise DocumentError(f"{kind.asset}: field `asset`: this is the document of {raw['asset']!r}")
     if type(raw["schema"]) is int and raw["schema"] > kind.schema:
         raise DocumentError(
             f"{kind.asset}: field `schema` is {raw['schema']}, written by a newer version of this project; this one knows {kind.schema}. Upgrade to read it"
@@ -91,14 +119,24 @@ def parse(kind: type[R], observed: type[O], content: bytes, beside: bytes) -> Do
     if raw["schema"] != kind.schema:
         raise DocumentError(f"{kind.asset}: field `schema` is {raw['schema']!r}, this version writes {kind.schema}. Materialize {kind.asset} again")
     try:
-        return Document(
-            inputs=msgspec.convert(raw["inputs"], dict[str, str]),
-            section=msgspec.convert(raw["section"], dict[str, Any]),
-            result=msgspec.convert(raw["result"], kind),
-            observed=msgspec.convert(other, observed),
+        return (
+            msgspec.convert(raw["inputs"], dict[str, str]),
+            msgspec.convert(raw["section"], dict[str, Any]),
+            msgspec.convert(raw["result"], kind),
         )
     except (msgspec.ValidationError, ValueError) as error:
-        raise DocumentError(f"{kind.asset}: {error}") from error
+        raise DocumentError(f"{kind.asset}: document.json: {error}; materialize {kind.asset} again") from error
+
+
+def _json(kind: type[Result], name: str, data: bytes, fields: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        raw = msgspec.json.decode(data)
+    except msgspec.DecodeError as error:
+        raise DocumentError(f"{kind.asset}: {name} is not JSON: {error}; materialize {kind.asset} again") from error
+    if not isinstance(raw, dict) or sorted(raw) != sorted(fields):
+        found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
+        raise DocumentError(f"{kind.asset}: {name} has the fields {', '.join(fields)}; this one has {found}")
+    return raw
 
 
 # --- raw_snapshot -------------------------------------------------------------------------------------------------------------------
@@ -498,6 +536,7 @@ class Promotion(Result):
     verdicts: tuple[GateVerdict, ...]
     policy: str
     adapter: str
+
 
 class PromotionObserved(Observed):
     """What was done about the decision. `release`: number on main, or null. `failure`: bundle of flipped items and one command."""

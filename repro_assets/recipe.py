@@ -62,6 +62,7 @@ class RecordsSection(Section):
     """Cleaning. `quarantine_limit`: share of rows read that may be bad before the asset stops. `row_limit`: bytes of one row.
 
     `contamination: exact` drops training records whose prompt equals an evaluation item's (NFC, case and spaces folded).
+    `order` of the leaves: by path and position, or by key hash for sources that arrive reshuffled; `target`: records a leaf, on average.
     """
 
     sources: tuple[Source, ...]
@@ -71,15 +72,15 @@ class RecordsSection(Section):
     quarantine_limit: float = 0.01
     row_limit: int = 16 * 1024 * 1024
     split: Split = Split()
+    order: Literal["path", "key_hash"] = "path"
+    target: int = 256
 
 
 class ShardingSection(Section):
-    """Rendering and leaves. `max_tokens`: longer records are cut and counted. `target`: records a leaf, on average."""
+    """Rendering and tokenising. `max_tokens`: longer records are cut and counted."""
 
     max_tokens: int = 2048
     train_on: Literal["assistant", "last_assistant"] = "assistant"
-    order: Literal["path", "key_hash"] = "path"
-    target: int = 256
 
 
 class Drift(Section):

@@ -24,10 +24,10 @@ for _name in list(os.environ):
     if _name.startswith(("LAKECTL_", "AWS_")) or (_name.startswith("REPRO_") and not _name.endswith("_BINARY")):
         del os.environ[_name]
 
-import pytest  # noqa: E402  the guards above must hold before anything else is imported
+import pytest  # the guards above must hold before anything else is imported
 
-from resources.servers import down, ensure_storage, up  # noqa: E402
-from resources.settings import Connections  # noqa: E402
+from resources.servers import down, ensure_storage, up
+from resources.settings import Connections
 
 
 @pytest.fixture(scope="session")

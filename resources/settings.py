@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 DEFAULT_REGION = "us-east-1"
 DEFAULT_CACHE_BYTES = 20 * 1024**3
@@ -63,21 +64,17 @@ class Connections:
         folder = home_folder(home, values)
         if "LAKECTL_SERVER_ENDPOINT_URL" in values:
             return cls(home=folder, external=True, **_external(values), **_names(values))
-        for name in ("LAKECTL_CREDENTIALS_ACCESS_KEY_ID", "LAKECTL_CREDENTIALS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"):
-            if name in values:
-                raise SettingsError(
-                    f"{name} is set but LAKECTL_SERVER_ENDPOINT_URL is not: set it to use external servers, or unset {name} to use the "
-                    "embedded ones"
-                )
-        from resources.servers.state import running_servers  # resources.servers itself needs this module
+        refuse_half_external(values)
+        # here and not above: resources.servers needs this module
+        from resources.servers.state import running_servers
 
         return cls.embedded(folder, running_servers(folder), values)
 
     @classmethod
-    def embedded(cls, home: Path, servers: Mapping[str, str], environ: Mapping[str, str] | None = None) -> "Connections":
+    def embedded(cls, home: Path, servers: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> "Connections":
         """The embedded servers of `home`, whose addresses and keys are in `servers` (the field names of this class)."""
         values = {name: value for name, value in (os.environ if environ is None else environ).items() if value}
-        return cls(home=home, external=False, **servers, **_names(values))  # type: ignore[arg-type]
+        return cls(home=home, external=False, **servers, **_names(values))
 
     def environment(self) -> dict[str, str]:
         """The variables that make `from_environment` give this value again; lakectl and the AWS CLI read the same ones."""
@@ -116,7 +113,20 @@ def home_folder(home: Path | str | None = None, environ: Mapping[str, str] | Non
     return Path(home or values.get("REPRO_HOME") or ".repro").expanduser().absolute()
 
 
-def _names(values: Mapping[str, str]) -> dict[str, object]:
+def refuse_half_external(environ: Mapping[str, str]) -> None:
+    """SettingsError when variables of external servers are set without the one that turns them on: data would go elsewhere unseen.
+
+    Keys and regions of AWS alone are no such sign, many shells have them.
+    """
+    for name in ("LAKECTL_CREDENTIALS_ACCESS_KEY_ID", "LAKECTL_CREDENTIALS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"):
+        if environ.get(name) and not environ.get("LAKECTL_SERVER_ENDPOINT_URL"):
+            raise SettingsError(
+                f"{name} is set but LAKECTL_SERVER_ENDPOINT_URL is not: set it to use external servers, or unset {name} to use the "
+                "embedded ones"
+            )
+
+
+def _names(values: Mapping[str, str]) -> dict[str, Any]:
     variables = {
         "repository": "REPRO_REPOSITORY",
         "namespace": "REPRO_NAMESPACE",
@@ -124,7 +134,7 @@ def _names(values: Mapping[str, str]) -> dict[str, object]:
         "blobs_bucket": "REPRO_BLOBS_BUCKET",
         "jobs_bucket": "REPRO_JOBS_BUCKET",
     }
-    found: dict[str, object] = {name: values[variable] for name, variable in variables.items() if variable in values}
+    found: dict[str, Any] = {name: values[variable] for name, variable in variables.items() if variable in values}
     if "REPRO_CACHE" in values:
         found["cache"] = Path(values["REPRO_CACHE"]).expanduser().absolute()
     if "REPRO_CACHE_BYTES" in values:
@@ -135,7 +145,7 @@ def _names(values: Mapping[str, str]) -> dict[str, object]:
     return found
 
 
-def _external(values: Mapping[str, str]) -> dict[str, str | None]:
+def _external(values: Mapping[str, str]) -> dict[str, Any]:
     for name in ("LAKECTL_CREDENTIALS_ACCESS_KEY_ID", "LAKECTL_CREDENTIALS_SECRET_ACCESS_KEY"):
         if name not in values:
             raise SettingsError(f"{name} is not set, but LAKECTL_SERVER_ENDPOINT_URL is: external servers need both lakeFS credentials")

@@ -1,0 +1,33 @@
+"""Cleaned, deduplicated, split records with their quarantine. The work is in `repro_assets/data/records.py`."""
+
+import dagster as dg
+
+from repro_assets.assets.eval_suites import eval_suites
+from repro_assets.assets.raw_snapshot import raw_snapshot
+from repro_assets.data import records as build
+from repro_assets.documents import EvalSuites, RawSnapshot, Records
+from repro_assets.partitions import snapshots
+from repro_assets.stage import Stages, reproduces
+from repro_assets.trust.closure import closure
+
+CODE = "repro_assets.data.records"
+
+
+@dg.asset(
+    deps=[raw_snapshot, eval_suites],
+    partitions_def=snapshots,
+    code_version=closure(CODE).digest,
+    check_specs=reproduces("records"),
+    kinds={"parquet", "lakefs"},
+)
+def records(context: dg.AssetExecutionContext, stages: Stages) -> dg.MaterializeResult:
+    """Rows as records: strict reading, quarantine, exact duplicates, contamination, keyed split, content-defined leaves."""
+    stage = stages.begin(context, Records, needs=(RawSnapshot,), shared=(EvalSuites,), code=CODE)
+    if recalled := stage.recall():
+        return stage.commit(recalled)
+    section = stage.recipe.records
+    prompts = stage.blobs.get_bytes(stage.input(EvalSuites).prompts.sha256)
+    built = build.build(
+        stage.input(RawSnapshot), stage.open_raw, prompts, section, stage.blobs, stage.progress, order=section.order, target=section.target
+    )
+    return stage.commit(built)

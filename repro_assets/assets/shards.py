@@ -1,0 +1,31 @@
+"""Tokenised records as content-addressed leaves. The work is in `repro_assets/data/sharding.py`."""
+
+import dagster as dg
+
+from repro_assets.assets.base_model import base_model
+from repro_assets.assets.records import records
+from repro_assets.data import sharding
+from repro_assets.documents import BaseModel, Records, Shards
+from repro_assets.partitions import snapshots
+from repro_assets.stage import Stages, reproduces
+from repro_assets.trust.closure import closure
+
+CODE = "repro_assets.data.sharding"
+
+
+@dg.asset(
+    deps=[records, base_model],
+    partitions_def=snapshots,
+    code_version=closure(CODE).digest,
+    check_specs=reproduces("shards"),
+    kinds={"arrow", "lakefs"},
+)
+def shards(context: dg.AssetExecutionContext, stages: Stages) -> dg.MaterializeResult:
+    """Token leaves with loss spans. Leaves that an earlier snapshot already tokenised are reused."""
+    stage = stages.begin(context, Shards, needs=(Records,), shared=(BaseModel,), code=CODE)
+    if recalled := stage.recall():
+        return stage.commit(recalled)
+    built = sharding.build(
+        stage.input(Records), stage.input(BaseModel), stage.recipe.sharding, stage.blobs, previous=stage.relative(), progress=stage.progress
+    )
+    return stage.commit(built)

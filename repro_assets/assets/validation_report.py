@@ -1,0 +1,43 @@
+"""The verdict on the shards: rules, drift, sample reproduction. The work is in `repro_assets/data/validation.py`."""
+
+import dagster as dg
+
+from repro_assets.assets.records import records
+from repro_assets.assets.shards import shards
+from repro_assets.data import validation
+from repro_assets.documents import BaseModel, EvalSuites, RawSnapshot, Records, Shards, ValidationReport
+from repro_assets.partitions import snapshots
+from repro_assets.releases import Releases
+from repro_assets.stage import Stages, reproduces
+from repro_assets.trust.closure import closure
+
+CODE = "repro_assets.data.validation"
+
+
+@dg.asset(
+    deps=[records, shards],
+    partitions_def=snapshots,
+    code_version=closure(CODE).digest,
+    check_specs=reproduces("validation_report"),
+    kinds={"pandera", "lakefs"},
+)
+def validation_report(context: dg.AssetExecutionContext, stages: Stages) -> dg.MaterializeResult:
+    """Every rule with its verdict; drift against the last promoted snapshot; drawn records rebuilt from raw and compared."""
+    stage = stages.begin(context, ValidationReport, needs=(RawSnapshot, Records, Shards), shared=(BaseModel, EvalSuites), code=CODE)
+    in_force = Releases(stage.bench.lake.client, stage.blobs).in_force(stage.recipe.name)
+    reference = stage.reference("drift_reference", lambda: in_force.documents["shards"] if in_force else None)
+    if recalled := stage.recall():
+        return stage.commit(recalled)
+    built = validation.build(
+        snapshot=stage.input(RawSnapshot),
+        open_raw=stage.open_raw,
+        records=stage.input(Records),
+        shards=stage.input(Shards),
+        shards_observed=stage.observed(Shards),
+        base_model=stage.input(BaseModel),
+        recipe=stage.recipe,
+        store=stage.blobs,
+        reference=stage.shelf.by_digest(reference, Shards)[1] if reference else None,
+        progress=stage.progress,
+    )
+    return stage.commit(built)

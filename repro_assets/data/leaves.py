@@ -1,0 +1,201 @@
+"""The token leaf: tokenised records in columns, its canonical bytes, their digest, and the Arrow form in which it is stored.
+
+Identity is the SHA-256 of the canonical uncompressed bytes; the stored form is transport, since zstd's output moves with its version.
+The training program reads leaves with this module: it imports numpy, and pyarrow when a leaf is stored or loaded.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from repro_assets.data.errors import LeafError
+
+MAGIC = b"repro token leaf 1\n"
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """Columns of n records with t tokens and s loss spans in all. A record's place in files is not here: it would move with every edit.
+
+    record   uint8 (n, 32)   SHA-256 of the record
+    token    uint8 (n, 32)   `token_digest` of its ids and spans
+    cut      uint32 (n,)     tokens cut off at max_tokens
+    flat_ids    uint16|uint32 (t,), id_ends int64 (n,): the ids of record i are flat_ids[id_ends[i-1]:id_ends[i]]
+    flat_spans  uint32 (s, 2), span_ends int64 (n,): start and end of trained tokens, within the record
+    keys     n user keys or None;  slices  n dicts of label to value
+
+    `records`, `ids` and `spans` give the same by record.
+    """
+
+    record: NDArray[np.uint8]
+    token: NDArray[np.uint8]
+    cut: NDArray[np.uint32]
+    flat_ids: NDArray[Any]
+    id_ends: NDArray[np.int64]
+    flat_spans: NDArray[np.uint32]
+    span_ends: NDArray[np.int64]
+    keys: tuple[str | None, ...]
+    slices: tuple[dict[str, str], ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def width(self) -> int:
+        """Bytes of one id: 2 or 4."""
+        return int(self.flat_ids.dtype.itemsize)
+
+    @property
+    def records(self) -> list[str]:
+        """Hexadecimal SHA-256 of each record."""
+        return [bytes(row).hex() for row in self.record]
+
+    @property
+    def ids(self) -> list[NDArray[Any]]:
+        """Token ids of each record, uint16 or uint32 (tokens,)."""
+        return np.split(self.flat_ids, self.id_ends[:-1]) if len(self) else []
+
+    @property
+    def spans(self) -> list[NDArray[np.uint32]]:
+        """Trained spans of each record, uint32 (k, 2): first token and one past the last, in order, apart."""
+        return np.split(self.flat_spans, self.span_ends[:-1]) if len(self) else []
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each record, int64 (n,)."""
+        return np.diff(self.id_ends, prepend=0)
+
+    @property
+    def trained(self) -> NDArray[np.int64]:
+        """Trained tokens of each record, int64 (n,)."""
+        total = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.flat_spans[:, 1].astype(np.int64) - self.flat_spans[:, 0])])
+        return np.diff(total[self.span_ends], prepend=0)
+
+
+def token_digest(ids: NDArray[Any], spans: NDArray[np.uint32]) -> bytes:
+    """32 bytes: SHA-256 of the count of ids, the ids and the spans, each as little-endian uint32, so that the width does not matter."""
+    hashed = hashlib.sha256(struct.pack("<I", len(ids)))
+    hashed.update(np.ascontiguousarray(ids, dtype="<u4").data)
+    hashed.update(np.ascontiguousarray(spans, dtype="<u4").data)
+    return hashed.digest()
+
+
+def make(
+    records: Sequence[bytes],
+    keys: Sequence[str | None],
+    slices: Sequence[dict[str, str]],
+    ids: Sequence[NDArray[Any]],
+    spans: Sequence[NDArray[np.uint32]],
+    cut: Sequence[int],
+    width: int,
+) -> Leaf:
+    """A leaf of these records, in this order. Raises LeafError for an id that `width` bytes cannot hold."""
+    kind = np.dtype(np.uint16 if width == 2 else np.uint32)
+    if any(len(row) and int(row.max()) >= 1 << 8 * width for row in ids):
+        raise LeafError(f"a token id does not fit {width} bytes")
+    return Leaf(
+        record=np.frombuffer(b"".join(records), np.uint8).reshape(-1, 32),
+        token=np.frombuffer(b"".join(token_digest(row, span) for row, span in zip(ids, spans, strict=True)), np.uint8).reshape(-1, 32),
+        cut=np.asarray(cut, np.uint32),
+        flat_ids=np.concatenate([np.zeros(0, kind), *(row.astype(kind) for row in ids)]),
+        id_ends=np.cumsum([len(row) for row in ids], dtype=np.int64),
+        flat_spans=np.concatenate([np.zeros((0, 2), np.uint32), *spans]),
+        span_ends=np.cumsum([len(span) for span in spans], dtype=np.int64),
+        keys=tuple(keys),
+        slices=tuple(slices),
+    )
+
+
+def canonical_bytes(leaf: Leaf) -> bytes:
+    """The bytes that identify the leaf. Whole numbers are little-endian.
+
+    MAGIC | uint8 width | uint32 n | record | token | uint32 cut[n] | uint32 length[n] | ids | uint32 span count[n] | spans
+    | for each record one JSON line [key, {label: value}], labels as the record leaf orders them
+    """
+    width = leaf.width
+    parts = [
+        MAGIC,
+        struct.pack("<BI", width, len(leaf)),
+        leaf.record.tobytes(),
+        leaf.token.tobytes(),
+        leaf.cut.astype("<u4").tobytes(),
+        leaf.lengths.astype("<u4").tobytes(),
+        leaf.flat_ids.astype(f"<u{width}").tobytes(),
+        np.diff(leaf.span_ends, prepend=0).astype("<u4").tobytes(),
+        leaf.flat_spans.astype("<u4").tobytes(),
+    ]
+    parts += [msgspec.json.encode([key, slices]) + b"\n" for key, slices in zip(leaf.keys, leaf.slices, strict=True)]
+    return b"".join(parts)
+
+
+def identity(leaf: Leaf) -> str:
+    """Hexadecimal SHA-256 of the canonical bytes."""
+    return hashlib.sha256(canonical_bytes(leaf)).hexdigest()
+
+
+def store_form(leaf: Leaf) -> bytes:
+    """The leaf as one Arrow IPC stream with one record batch, compressed with zstd."""
+    import pyarrow as pa
+
+    def nested(flat: NDArray[Any], ends: NDArray[np.int64], kind: Any) -> Any:
+        offsets = np.concatenate([np.zeros(1, np.int32), ends.astype(np.int32)])
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat, kind))
+
+    fixed = pa.binary(32)
+    columns = {
+        "record": pa.array([bytes(row) for row in leaf.record], fixed),
+        "key": pa.array(leaf.keys, pa.string()),
+        "slices": pa.array([msgspec.json.encode(value).decode() for value in leaf.slices], pa.string()),
+        "token": pa.array([bytes(row) for row in leaf.token], fixed),
+        "cut": pa.array(leaf.cut, pa.uint32()),
+        "ids": nested(leaf.flat_ids, leaf.id_ends, pa.uint16() if leaf.width == 2 else pa.uint32()),
+        "spans": nested(leaf.flat_spans.reshape(-1), leaf.span_ends * 2, pa.uint32()),
+    }
+    batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)) as writer:
+        writer.write_batch(batch)
+    return bytes(sink.getvalue())
+
+
+def load(stored: bytes, expected: str) -> Leaf:
+    """The leaf in its stored form. Raises LeafError when it is not a leaf or its identity is not `expected`."""
+    import pyarrow as pa
+
+    try:
+        batch = pa.ipc.open_stream(pa.BufferReader(stored)).read_next_batch()
+        leaf = _from_batch(batch)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError, KeyError, ValueError, StopIteration) as error:
+        raise LeafError(f"token leaf {expected}: the stored bytes are not one: {error}; materialize shards again") from error
+    if (found := identity(leaf)) != expected:
+        raise LeafError(f"token leaf {expected}: the stored bytes hold the leaf {found}; they were changed: restore the blob, or materialize shards again")
+    return leaf
+
+
+def _from_batch(batch: Any) -> Leaf:
+    batch.validate(full=True)
+    column = {name: batch.column(name) for name in ("record", "key", "slices", "token", "cut", "ids", "spans")}
+
+    def flat(name: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        offsets = column[name].offsets.to_numpy().astype(np.int64)
+        return column[name].values.to_numpy()[offsets[0] : offsets[-1]], offsets[1:] - offsets[0]
+
+    ids, ends = flat("ids")
+    spans, span_ends = flat("spans")
+    return Leaf(
+        record=np.frombuffer(b"".join(column["record"].to_pylist()), np.uint8).reshape(-1, 32),
+        token=np.frombuffer(b"".join(column["token"].to_pylist()), np.uint8).reshape(-1, 32),
+        cut=column["cut"].to_numpy(),
+        flat_ids=ids,
+        id_ends=ends,
+        flat_spans=spans.reshape(-1, 2),
+        span_ends=span_ends // 2,
+        keys=tuple(column["key"].to_pylist()),
+        slices=tuple(msgspec.json.decode(value, type=dict[str, str]) for value in column["slices"].to_pylist()),
+    )

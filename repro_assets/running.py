@@ -1,0 +1,144 @@
+"""Materializing from a terminal, through Dagster: its instance under the home folder, partition keys, one run, one line an asset.
+
+The graph is `definitions.py`. Runs started here are ordinary runs: the UI shows them.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from repro_assets.partitions import checked, snapshots
+from resources.settings import home_folder
+
+LOCAL = Path(__file__).parents[1] / "deploy" / "dagster.local.yaml"
+FALLBACK = "telemetry: {enabled: false}\nnux: {enabled: false}\n"  # an installed wheel has no deploy folder
+TERMINAL = "repro/terminal"
+
+
+class UnknownAsset(ValueError):
+    """A selection that names no asset."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One run: whether it succeeded, what each asset reported, and the first failure in one line."""
+
+    run_id: str
+    success: bool
+    assets: dict[str, dict[str, Any]]
+    failed_checks: tuple[str, ...]
+    failure: str = ""
+
+
+def dagster_home(home: Path | None = None) -> Path:
+    """The folder of Dagster's instance; made with the local settings when it is not there. DAGSTER_HOME wins."""
+    if named := os.environ.get("DAGSTER_HOME"):
+        return Path(named)
+    folder = home_folder(home) / "dagster"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = folder / "dagster.yaml"
+    if not settings.exists():
+        if LOCAL.exists():
+            shutil.copyfile(LOCAL, settings)
+        else:
+            settings.write_text(FALLBACK)
+    return folder
+
+
+def open_instance(home: Path | None = None) -> dg.DagsterInstance:
+    """The instance that the UI shows too."""
+    folder = dagster_home(home)
+    os.environ["DAGSTER_HOME"] = str(folder)
+    return dg.DagsterInstance.get()
+
+
+def materialize(
+    instance: dg.DagsterInstance,
+    *,
+    key: str | None,
+    select: Sequence[str] = (),
+    recipe: str | None = None,
+    ranks: int = 0,
+    tags: Mapping[str, str] | None = None,
+    say: Callable[[str, str], None] | None = None,
+    resource_overrides: Mapping[str, Any] | None = None,
+) -> Ran:
+    """One run. Without `key` the shared assets; with it the partitioned ones, or those in `select`. Unknown names raise UnknownAsset."""
+    from repro_assets import assets
+    from repro_assets.definitions import build_defs
+
+    chosen = assets.shared if key is None else assets.partitioned
+    known = {asset.key.to_user_string(): asset.key for asset in chosen}
+    if unknown := [name for name in select if name not in known]:
+        raise UnknownAsset(f"no asset {unknown[0]!r} {'among the shared assets' if key is None else 'of a snapshot'}; known: {', '.join(known)}")
+    if key is not None:
+        instance.add_dynamic_partitions(str(snapshots.name), [checked(key)])
+    definitions = build_defs(resource_overrides=resource_overrides)
+    job = definitions.resolve_implicit_global_asset_job_def()
+    config: dict[str, Any] = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}, "resources": {}}
+    if recipe:
+        config["resources"]["recipe"] = {"config": {"path": str(Path(recipe).resolve())}}
+    if ranks:
+        config["resources"]["gpu"] = {"config": {"ranks": ranks}}
+    with _telling(say):
+        done = job.execute_in_process(
+            instance=instance,
+            partition_key=key,
+            asset_selection=[known[name] for name in (select or known)],
+            run_config=config,
+            tags={TERMINAL: "true", **(tags or {})},
+            raise_on_error=False,
+        )
+    return _ran(done)
+
+
+def _ran(done: dg.ExecuteInProcessResult) -> Ran:
+    found: dict[str, dict[str, Any]] = {}
+    checks: list[str] = []
+    failure = ""
+    for event in done.all_events:
+        if event.is_step_materialization:
+            materialization = event.step_materialization_data.materialization
+            name = materialization.asset_key.to_user_string()
+            found[name] = {label: value.value for label, value in materialization.metadata.items()}
+        elif event.event_type_value == "ASSET_CHECK_EVALUATION":
+            check = event.event_specific_data
+            if not check.passed:  # type: ignore[union-attr]
+                checks.append(f"{check.asset_key.to_user_string()}: {check.check_name}: {check.description}")  # type: ignore[union-attr]
+        elif event.is_step_failure and not failure:
+            failure = _first_line(event.step_failure_data.error)
+    return Ran(done.run_id, done.success, found, tuple(checks), failure)
+
+
+def _first_line(error: Any) -> str:
+    """The innermost cause: ours, rather than Dagster's frame around it."""
+    while error is not None and error.cause is not None:
+        error = error.cause
+    return str(error.message).strip() if error else "the run failed; see its page in the UI"
+
+
+class _telling(logging.Handler):
+    """While open, hands every `context.log` line to `say(asset, message)`."""
+
+    def __init__(self, say: Callable[[str, str], None] | None) -> None:
+        super().__init__(logging.INFO)
+        self.say = say
+
+    def __enter__(self) -> None:
+        if self.say:
+            logging.getLogger("dagster").addHandler(self)
+
+    def __exit__(self, *_error: object) -> None:
+        logging.getLogger("dagster").removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        meta = getattr(record, "dagster_meta", None) or {}
+        if self.say and record.levelno >= logging.INFO and not meta.get("dagster_event"):
+            asset, _, message = str(meta.get("orig_message", record.getMessage())).partition(": ")
+            self.say(asset, message)
