@@ -47,8 +47,15 @@ TOKENIZING: Final = (
     "extra_special_tokens",
     "additional_special_tokens",
 )
-# Older ones run code from config.json (transformers, CVE-2026-5241) or adapters (peft), or corrupt memory on loading (torch, CVE-2026-24747).
-FLOOR: Final = {"transformers": ">=5.5", "torch": ">=2.10", "peft": ">=0.21.2", "bitsandbytes": ">=0.50", "safetensors": ">=0.5", "tokenizers": ">=0.22"}
+# Older ones run code from config.json (transformers, CVE-2026-5241) or adapters (peft), or corrupt memory (torch, CVE-2026-24747).
+FLOOR: Final = {
+    "transformers": ">=5.5",
+    "torch": ">=2.10",
+    "peft": ">=0.21.2",
+    "bitsandbytes": ">=0.50",
+    "safetensors": ">=0.5",
+    "tokenizers": ">=0.22",
+}
 HEADER_LIMIT: Final = 100 * 1024 * 1024
 JSON_LIMIT: Final = 256 * 1024 * 1024
 DTYPE_BITS: Final = {
@@ -130,21 +137,27 @@ def chat_template(files: Mapping[str, bytes]) -> str:
     if isinstance(found, list):
         found = next((item.get("template") for item in found if isinstance(item, dict) and item.get("name") == "default"), None)
         if found is None:
-            raise BaseModelError("tokenizer_config.json: several chat templates and none is named `default`: name one so, or save it as chat_template.jinja")
+            raise BaseModelError(
+                "tokenizer_config.json: several chat templates and none is named `default`: name one so, or save it as chat_template.jinja"
+            )
     if found is not None and not isinstance(found, str):
-        raise BaseModelError(f"tokenizer_config.json: `chat_template` is of type {type(found).__name__}, not text: save it as chat_template.jinja")
+        raise BaseModelError(
+            f"tokenizer_config.json: `chat_template` is of type {type(found).__name__}, not text: save it as chat_template.jinja"
+        )
     return found or ""
 
 
 def special_tokens(files: Mapping[str, bytes]) -> dict[str, int]:
-    """The ids `{"pad": ..., "eos": ...}`: as tokenizer_config.json names them, else special_tokens_map.json, else as config.json numbers them.
+    """The ids `{"pad": ..., "eos": ...}`: as tokenizer_config.json or special_tokens_map.json names them, else as config.json does.
 
     A model without a padding token pads with its end token. Raises BaseModelError when there is no end token.
     """
     ids = _token_ids(_json(files, "tokenizer.json"))
     found = {name: _special(files, ids, f"{name}_token") for name in ("eos", "pad")}
     if found["eos"] is None:
-        raise BaseModelError("tokenizer_config.json: no `eos_token`, and config.json has no `eos_token_id`: a model that never learns to stop cannot be trained here; set it")
+        raise BaseModelError(
+            "tokenizer_config.json: no `eos_token`, and config.json has no `eos_token_id`: training could not teach it to stop; set one"
+        )
     pad = found["pad"]
     return {"pad": found["eos"] if pad is None else pad, "eos": found["eos"]}
 
@@ -157,7 +170,7 @@ def _is_allowed(name: str) -> bool:
 
 
 def _listing(folder: Path) -> tuple[set[str], dict[str, str]]:
-    """The names to keep, and why each other one is left out. Raises BaseModelError when there is no such folder or a part is still loading."""
+    """The names to keep, and why each other one is left out. Raises BaseModelError for no such folder or a download under way."""
     if not folder.is_dir():
         raise BaseModelError(f"{folder}: no such folder; correct `base_model.path` in the recipe (it starts at the recipe's own folder)")
     kept: set[str] = set()
@@ -177,7 +190,8 @@ def _listing(folder: Path) -> tuple[set[str], dict[str, str]]:
     if pickles and not any(name.endswith(".safetensors") for name in kept):
         raise BaseModelError(
             f"{folder / pickles[0]}: these weights can run code when they are loaded and are refused; convert them once with "
-            f"`AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)` where you trust them, or take a revision with {WEIGHTS}"
+            "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)` on a machine where you trust them, "
+            f"or take a revision that has {WEIGHTS}"
         )
     for name in ("config.json", "tokenizer.json"):
         if name not in kept:
@@ -220,7 +234,9 @@ def safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise BaseModelError(f"{path}: {size} bytes that are not a whole safetensors file (or a Git LFS pointer to one); download it again")
+            raise BaseModelError(
+                f"{path}: {size} bytes that are not a whole safetensors file (or a Git LFS pointer to one); download it again"
+            )
         raw = file.read(length)
     try:
         header: dict[str, Any] = json.loads(raw)
@@ -228,12 +244,16 @@ def safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         found = {name: (str(item["dtype"]), tuple(int(n) for n in item["shape"])) for name, item in header.items()}
         spans = sorted((int(item["data_offsets"][0]), int(item["data_offsets"][1]), name) for name, item in header.items())
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise BaseModelError(f"{path}: its safetensors header cannot be read ({type(error).__name__}: {error}); download it again") from error
+        raise BaseModelError(
+            f"{path}: its safetensors header cannot be read ({type(error).__name__}: {error}); download it again"
+        ) from error
     at = 0
     for start, end, name in spans:
         dtype, shape = found[name]
         if start != at or end < start or dtype in DTYPE_BITS and (end - start) * 8 != _elements(shape) * DTYPE_BITS[dtype]:
-            raise BaseModelError(f"{path}: tensor {name!r} ({dtype} {list(shape)}) lies at bytes {start} to {end}, which cannot be; download it again")
+            raise BaseModelError(
+                f"{path}: tensor {name!r} ({dtype} {list(shape)}) lies at bytes {start} to {end}, which cannot be; download it again"
+            )
         at = end
     if size != 8 + length + at:
         raise BaseModelError(f"{path}: {size} bytes, but its header speaks of {8 + length + at}: the download broke off; download it again")
@@ -285,7 +305,10 @@ def _refuse_code(files: Mapping[str, bytes]) -> None:
         if not name.endswith(".json") or name == "tokenizer.json":
             continue
         if key := next((key for key in CODE_KEYS if _json(files, name).get(key)), None):
-            raise BaseModelError(f"{name}: `{key}` asks for code from the model's repository, which is never run; take a model that transformers knows by itself")
+            raise BaseModelError(
+                f"{name}: `{key}` asks for code from the model's repository, which is never run; "
+                "take a model that transformers knows by itself"
+            )
 
 
 def _architecture(config: dict[str, Any], folder: Path) -> tuple[str, int]:
@@ -322,7 +345,9 @@ def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
         pairs = {entry[0]: n for n, entry in enumerate(vocabulary)} if isinstance(vocabulary, list) else dict(vocabulary)
         added = {item["content"]: item["id"] for item in tokenizer.get("added_tokens") or []}
     except (KeyError, TypeError, IndexError) as error:
-        raise BaseModelError(f"tokenizer.json: its vocabulary cannot be read ({type(error).__name__}: {error}); save it again with its tokenizer") from None
+        raise BaseModelError(
+            f"tokenizer.json: its vocabulary cannot be read ({type(error).__name__}: {error}); save it again with its tokenizer"
+        ) from None
     return {**pairs, **added}
 
 
@@ -350,8 +375,9 @@ def _from_hub(section: BaseModelSection, say: Callable[[str], None]) -> tuple[Pa
     """The hub's files of one commit in huggingface_hub's own cache, checked against the digests that the hub lists, and where from."""
     repo, revision = section.repo, section.revision
     if not repo or not revision or not re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise BaseModelError(f"base_model.revision is {revision!r}: the hub model {repo!r} needs its full 40-digit commit hash; a branch or tag name moves")
-    import httpx
+        raise BaseModelError(
+            f"base_model.revision is {revision!r}: the hub model {repo!r} needs its full 40-digit commit hash; a branch or tag name moves"
+        )
     import huggingface_hub
     from huggingface_hub import constants, errors
 
@@ -373,9 +399,11 @@ def _from_hub(section: BaseModelSection, say: Callable[[str], None]) -> tuple[Pa
         status = error.response.status_code if error.response is not None else "no answer"
         said = " ".join(str(error).split())[:300]
         raise BaseModelError(f"{where}: HTTP {status}: {said}; check `repo` and `revision`, and HF_TOKEN for a private model") from error
-    except (OSError, httpx.HTTPError) as error:
+    except (OSError, errors.HTTPError) as error:  # its HTTP library's own base class; which library that is has changed before
         said = " ".join(str(error).split())[:300]
-        raise BaseModelError(f"{where}: cannot be fetched: {said}; check network, disk and HF_ENDPOINT, or give `base_model.path`") from error
+        raise BaseModelError(
+            f"{where}: cannot be fetched: {said}; check network, disk and HF_ENDPOINT, or give `base_model.path`"
+        ) from error
 
 
 def _download(hub: Any, repo: str, revision: str, say: Callable[[str], None]) -> Path:
@@ -399,7 +427,9 @@ def _download(hub: Any, repo: str, revision: str, say: Callable[[str], None]) ->
         weights = set(_json({INDEX: _read(small[INDEX])}, INDEX).get("weight_map", {}).values())
     for name in sorted(weights):
         if name not in listed:
-            raise BaseModelError(f"{repo} at {revision}: no file {name}; only whole weights in safetensors are taken, so choose a revision that has them")
+            raise BaseModelError(
+                f"{repo} at {revision}: no file {name}; only whole weights in safetensors are taken, so choose a revision that has them"
+            )
         fetch(name)
     return small["config.json"].parent
 
@@ -412,10 +442,15 @@ def _check_download(path: Path, item: Any) -> None:
     elif item.blob_id:
         hasher, expected = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False), item.blob_id
     else:
-        raise BaseModelError(f"{path.name}: the hub lists no digest for it; use its own endpoint rather than a mirror that leaves digests out")
+        raise BaseModelError(
+            f"{path.name}: the hub lists no digest for it; use its own endpoint rather than a mirror that leaves digests out"
+        )
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             hasher.update(chunk)
     if hasher.hexdigest() != expected:
         real = os.path.realpath(path)
-        raise BaseModelError(f"{path.name}: its bytes ({hasher.hexdigest()[:16]}) are not those of the commit ({expected[:16]}): delete {real} and fetch again")
+        raise BaseModelError(
+            f"{path.name}: its bytes ({hasher.hexdigest()[:16]}) are not those of the commit ({expected[:16]}): "
+            f"delete {real} and fetch again"
+        )

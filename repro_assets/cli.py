@@ -15,6 +15,7 @@ from typing import Any
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from repro_assets.terminal import EXIT, Failure, explained
@@ -31,10 +32,10 @@ class Output:
         self.people = Console(stderr=as_json, highlight=False)
 
     def say(self, text: str) -> None:
-        self.people.print(text, markup=False)
+        self.people.print(text, markup=False, soft_wrap=True)
 
     def progress(self, asset: str, message: str) -> None:
-        self.people.print(f"  {asset:<18} {message}" if message else f"  {asset}", markup=False, style="dim")
+        self.people.print(f"  {asset:<18} {message}" if message else f"  {asset}", markup=False, style="dim", soft_wrap=True)
 
     def rows(self, rows: list[dict[str, Any]]) -> None:
         if not rows:
@@ -42,12 +43,12 @@ class Output:
             return
         table = Table(*(name.replace("_", " ") for name in rows[0]), box=None, pad_edge=False)
         for row in rows:
-            table.add_row(*("" if value is None else str(value) for value in row.values()))
-        self.people.print(table, markup=False)
+            table.add_row(*(escape("" if value is None else str(value)) for value in row.values()))
+        self.people.print(table)
 
     def result(self, value: Any) -> None:
         if self.as_json:
-            click.echo(json.dumps(msgspec.to_builtins(value), indent=2, sort_keys=True))
+            click.echo(json.dumps(msgspec.to_builtins(value, enc_hook=str), indent=2, sort_keys=True))
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., None]:
@@ -137,7 +138,7 @@ def status(out: Output) -> int:
     """Whether the embedded servers run, where, and since when."""
     from resources import servers
 
-    found = [msgspec.to_builtins(item) for item in servers.status()]
+    found = [msgspec.to_builtins(item, enc_hook=str) for item in servers.status()]
     out.rows(found)
     out.result(found)
     return GOOD if found and all(item.get("running", item.get("healthy")) for item in found) else FINDING

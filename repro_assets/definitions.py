@@ -1,11 +1,15 @@
 """Assembly only: `build_defs` puts assets, checks, jobs, automation and resources together. What Dagster loads is `defs`."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
 
-from repro_assets import assets
+# Checks that know partitions are a preview of Dagster 1.13; without them a check's history mixes all snapshots.
+warnings.filterwarnings("ignore", category=dg.PreviewWarning)
+
+from repro_assets import assets  # noqa: E402  after the filter, since the decorators warn at import
 from repro_assets.bench import (
     Bench,
     BlobsResource,
@@ -23,8 +27,10 @@ from repro_assets.sensors import sensors
 from repro_assets.stage import Stages
 
 
-def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Definitions:
-    """The whole graph. `resource_overrides`: resources by name that replace the default ones, as tests and other set-ups need."""
+def build_defs(
+    *, resource_overrides: Mapping[str, Any] | None = None, loggers: Mapping[str, dg.LoggerDefinition] | None = None
+) -> dg.Definitions:
+    """The whole graph. `resource_overrides`: resources by name that replace the default ones; `loggers`: further ones that a run may name."""
     # Top level, so that a recipe or a number of ranks can be given in the launchpad.
     recipe = RecipeResource.configure_at_launch()
     gpu = ExecutorResource.configure_at_launch()
@@ -39,6 +45,7 @@ def build_defs(*, resource_overrides: Mapping[str, Any] | None = None) -> dg.Def
         schedules=schedules,
         sensors=sensors,
         resources={**resources, **(resource_overrides or {})},
+        loggers=dict(loggers or {}),
         executor=dg.in_process_executor,
     )
 

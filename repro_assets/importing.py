@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -59,7 +59,15 @@ def listed(paths: Iterable[Path], to: str = "") -> dict[str, Path]:
 
 
 def import_files(
-    lake: Lake, blobs: Blobs, paths: Iterable[Path], *, to: str = "", message: str = "", actor: str = "", progress: Callable[[int, int], None] | None = None
+    lake: Lake,
+    blobs: Blobs,
+    paths: Iterable[Path],
+    *,
+    to: str = "",
+    message: str = "",
+    actor: str = "",
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Imported:
     """Stream the files to blobs and link them into raw as one commit. Files already there as they are change nothing.
 
@@ -76,7 +84,7 @@ def import_files(
         if progress:
             progress(len(stored), len(names))
     said = message or f"import {len(names)} files" + (f" to {to}" if to else "")
-    written = lake.write(RAW, "", stored, message=said, metadata={"asset": "raw", "actor": actor}, replace=False)
+    written = lake.write(RAW, "", stored, message=said, metadata={"asset": "raw", "actor": actor, **(metadata or {})}, replace=False)
     return _made(lake, written.commit, len(names), sum(blob.size for blob in stored.values()), written.created)
 
 

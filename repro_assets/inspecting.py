@@ -163,6 +163,7 @@ class Inspector:
         from repro_assets.trust.environment import capture, hardware_class
 
         where = self.bench.lake.connections
+        self.lake.ensure()
         yield Finding("lakeFS", True, f"{where.lakefs_endpoint}, repository {where.repository}, main at {self.lake.head('main')[:12]}")
         self.bench.objects.list("memo/none")
         yield Finding("S3", True, f"{where.s3_endpoint or 'AWS'}, buckets {where.blobs_bucket}, {where.jobs_bucket}, {where.lake_bucket}")

@@ -3,18 +3,15 @@
 import dagster as dg
 
 from repro_assets import assets
-from repro_assets.partitions import snapshots
 
 whole = dg.define_asset_job(
     "snapshot_to_promotion",
     selection=dg.AssetSelection.assets(*assets.partitioned),
-    partitions_def=snapshots,
     description="Everything on one snapshot: raw data to decision.",
 )
 data = dg.define_asset_job(
     "data",
     selection=dg.AssetSelection.assets(assets.raw_snapshot, assets.records, assets.shards, assets.validation_report),
-    partitions_def=snapshots,
     description="The data stages of one snapshot: raw data to validation report.",
 )
 shared = dg.define_asset_job(

@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 import msgspec
 
-from repro_assets import bundling, orders
+from repro_assets import basemodel, bundling, orders
 from repro_assets.documents import (
     BaseModel,
     CheckpointObserved,
@@ -55,6 +55,7 @@ def train(stage: Stage[QloraCheckpoint]) -> tuple[QloraCheckpoint, CheckpointObs
         shards=stage.input(Shards),
         stored=stage.observed(Shards),
         base_model=stage.input(BaseModel),
+        special=basemodel.special_tokens(basemodel.small_files(stage.input(BaseModel).model_files, stage.blobs)),
     )
     ranks = world(stage)
     commits: dict[str, str] = {}

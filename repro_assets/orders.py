@@ -30,6 +30,7 @@ def training(
     shards: Shards,
     stored: ShardsObserved,
     base_model: BaseModel,
+    special: dict[str, int],
     resume: str | None = None,
     stop_after: int | None = None,
 ) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def training(
         "compute_dtype": compute_dtype,
         "leaves": leaves,
         "base_model": msgspec.to_builtins(base_model.model_files),
+        "special": special,
         "resume": resume,
         "stop_after": stop_after,
     }
@@ -72,7 +74,8 @@ def scoring(
     return {
         "purpose": "score",
         "base_model": msgspec.to_builtins(base_model.model_files),
-        "quantization": {"kind": training_section.quantization, "double": training_section.double_quant},
+        "quantization": training_section.quantization,
+        "double_quant": training_section.double_quant,
         "suites": [
             {
                 "name": suite.name,

@@ -27,11 +27,12 @@ class UnknownAsset(ValueError):
 
 @dataclass(frozen=True)
 class Ran:
-    """One run: whether it succeeded, what each asset reported, and the first failure in one line."""
+    """One run: whether it succeeded, what each asset reported, how long its step took, and the first failure in one line."""
 
     run_id: str
     success: bool
     assets: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
     failed_checks: tuple[str, ...]
     failure: str = ""
 
@@ -79,22 +80,21 @@ def materialize(
         raise UnknownAsset(f"no asset {unknown[0]!r} {'among the shared assets' if key is None else 'of a snapshot'}; known: {', '.join(known)}")
     if key is not None:
         instance.add_dynamic_partitions(str(snapshots.name), [checked(key)])
-    definitions = build_defs(resource_overrides=resource_overrides)
+    definitions = build_defs(resource_overrides=resource_overrides, loggers={"terminal": _logger(say)})
     job = definitions.resolve_implicit_global_asset_job_def()
-    config: dict[str, Any] = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}, "resources": {}}
+    config: dict[str, Any] = {"loggers": {"terminal": {}}, "resources": {}}
     if recipe:
         config["resources"]["recipe"] = {"config": {"path": str(Path(recipe).resolve())}}
     if ranks:
         config["resources"]["gpu"] = {"config": {"ranks": ranks}}
-    with _telling(say):
-        done = job.execute_in_process(
-            instance=instance,
-            partition_key=key,
-            asset_selection=[known[name] for name in (select or known)],
-            run_config=config,
-            tags={TERMINAL: "true", **(tags or {})},
-            raise_on_error=False,
-        )
+    done = job.execute_in_process(
+        instance=instance,
+        partition_key=key,
+        asset_selection=[known[name] for name in (select or known)],
+        run_config=config,
+        tags={TERMINAL: "true", **(tags or {})},
+        raise_on_error=False,
+    )
     return _ran(done)
 
 
@@ -102,7 +102,10 @@ def _ran(done: dg.ExecuteInProcessResult) -> Ran:
     found: dict[str, dict[str, Any]] = {}
     checks: list[str] = []
     failure = ""
+    seconds: dict[str, float] = {}
     for event in done.all_events:
+        if event.is_step_success:
+            seconds[str(event.step_key)] = round(event.step_success_data.duration_ms / 1000, 2)
         if event.is_step_materialization:
             materialization = event.step_materialization_data.materialization
             name = materialization.asset_key.to_user_string()
@@ -113,7 +116,7 @@ def _ran(done: dg.ExecuteInProcessResult) -> Ran:
                 checks.append(f"{check.asset_key.to_user_string()}: {check.check_name}: {check.description}")  # type: ignore[union-attr]
         elif event.is_step_failure and not failure:
             failure = _first_line(event.step_failure_data.error)
-    return Ran(done.run_id, done.success, found, tuple(checks), failure)
+    return Ran(done.run_id, done.success, found, seconds, tuple(checks), failure)
 
 
 def _first_line(error: Any) -> str:
@@ -123,22 +126,26 @@ def _first_line(error: Any) -> str:
     return str(error.message).strip() if error else "the run failed; see its page in the UI"
 
 
-class _telling(logging.Handler):
-    """While open, hands every `context.log` line to `say(asset, message)`."""
+class _Telling(logging.Handler):
+    """Hands every `context.log` line to `say(asset, message)`; Dagster's own event lines are left out."""
 
-    def __init__(self, say: Callable[[str, str], None] | None) -> None:
+    def __init__(self, say: Callable[[str, str], None]) -> None:
         super().__init__(logging.INFO)
         self.say = say
 
-    def __enter__(self) -> None:
-        if self.say:
-            logging.getLogger("dagster").addHandler(self)
-
-    def __exit__(self, *_error: object) -> None:
-        logging.getLogger("dagster").removeHandler(self)
-
     def emit(self, record: logging.LogRecord) -> None:
-        meta = getattr(record, "dagster_meta", None) or {}
-        if self.say and record.levelno >= logging.INFO and not meta.get("dagster_event"):
-            asset, _, message = str(meta.get("orig_message", record.getMessage())).partition(": ")
-            self.say(asset, message)
+        meta = getattr(record, "dagster_meta", {})
+        if not meta.get("dagster_event"):
+            asset, colon, message = str(meta.get("orig_message", record.getMessage())).partition(": ")
+            self.say(asset if colon else str(meta.get("step_key") or ""), message if colon else asset)
+
+
+def _logger(say: Callable[[str, str], None] | None) -> dg.LoggerDefinition:
+    """The only logger of a run that is started here."""
+
+    def make(_context: dg.InitLoggerContext) -> logging.Logger:
+        made = logging.Logger("repro.terminal", logging.INFO)
+        made.addHandler(_Telling(say) if say else logging.NullHandler())
+        return made
+
+    return dg.LoggerDefinition(make, description="one line a message, for a terminal")

@@ -286,9 +286,9 @@ def promotion(result: d.Promotion, observed: d.PromotionObserved) -> dict[str, A
 TELLERS: dict[str, Any] = {
     teller.__name__: teller
     for teller in (
-        raw_snapshot,
         base_model,
         eval_suites,
+        raw_snapshot,
         records,
         shards,
         validation_report,

@@ -1,4 +1,4 @@
-"""Telling people: a notice becomes a file, and where REPRO_NOTIFY says so also a POST to a webhook. What is worth a notice is decided elsewhere.
+"""Telling people: a notice becomes a file, and where REPRO_NOTIFY says so a POST to a webhook too. What is worth one is decided elsewhere.
 
 A notice carries text from data that nobody vouches for, so it is escaped; a webhook's address is configuration, never data.
 """
@@ -63,7 +63,9 @@ class FileNotifier:
             _write(self.folder / f"{stem}.json", msgspec.json.format(msgspec.json.encode(stamped), indent=2) + b"\n")
             _write(path, markdown(notice, now).encode("utf-8", "replace"))
         except OSError as error:
-            raise NotifyError(f"no notice in {self.folder}: {error}; free space or set REPRO_NOTIFY=file:PATH to a folder that can be written") from error
+            raise NotifyError(
+                f"no notice in {self.folder}: {error}; free space or set REPRO_NOTIFY=file:PATH to a folder that can be written"
+            ) from error
         return str(path)
 
 
@@ -86,9 +88,13 @@ class WebhookNotifier:
         if parts.scheme not in ("https", "http") or not self.host or parts.username or parts.fragment:
             raise NotifyError("REPRO_NOTIFY: a webhook is https://host/path without user name or fragment")
         if not self.secure and not private:
-            raise NotifyError("REPRO_NOTIFY: plain http would send notices readable by others; use https, or REPRO_NOTIFY_PRIVATE=1 inside your own network")
+            raise NotifyError(
+                "REPRO_NOTIFY: plain http would send notices readable by others; use https, or REPRO_NOTIFY_PRIVATE=1 in your own network"
+            )
         if self.host not in hosts:
-            raise NotifyError(f"REPRO_NOTIFY: host {self.host} is not in REPRO_NOTIFY_HOSTS ({', '.join(sorted(hosts)) or 'empty'}); add it there")
+            raise NotifyError(
+                f"REPRO_NOTIFY: host {self.host} is not in REPRO_NOTIFY_HOSTS ({', '.join(sorted(hosts)) or 'empty'}); add it there"
+            )
 
     def notify(self, notice: Notice) -> str:
         """Where the file lies, once the webhook has answered 2xx. Raises NotifyError, naming the file, when it did not."""
@@ -158,7 +164,12 @@ def markdown(notice: Notice, at: datetime) -> str:
     if notice.text:
         lines += [*(escaped(line) for line in notice.text.splitlines()), ""]
     if notice.facts:
-        lines += ["| fact | value |", "|---|---|", *(f"| {escaped(str(name))} | {escaped(_shown(value))} |" for name, value in notice.facts.items()), ""]
+        lines += [
+            "| fact | value |",
+            "|---|---|",
+            *(f"| {escaped(str(name))} | {escaped(_shown(value))} |" for name, value in notice.facts.items()),
+            "",
+        ]
     lines += [f"- {escaped(label)}: {_link(url)}" for label, url in notice.links.items()]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -172,8 +183,9 @@ def plain(notice: Notice) -> str:
 
 
 def escaped(text: str) -> str:
-    """One line of markdown that shows `text` and does nothing else."""
-    return re.sub(r"([\\`*_{}\[\]()#+\-.!|~>])", r"\\\1", html.escape(_printable(text), quote=False).replace("&gt;", ">"))
+    """One line of markdown that shows `text` and does nothing else: no markup, HTML, link, list or heading comes out of it."""
+    shown = re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(_printable(text), quote=False))
+    return re.sub(r"^(\s*)([#=]|[+-](?=\s|$)|\d+[.)](?=\s|$)|-(?=-))", lambda found: f"{found[1]}{found[2][:-1]}\\{found[2][-1]}", shown)
 
 
 def _printable(text: str, keep: str = "") -> str:

@@ -46,7 +46,11 @@ def files(before: RawSnapshot, now: RawSnapshot) -> Change:
 
 def records(before: Records, now: Records, store: BlobStore, raw: tuple[RawSnapshot, RawSnapshot] | None = None) -> Difference:
     """Compare two states of the records; with `raw` the files are compared by content, else by their index."""
-    moved = files(*raw) if raw else _change({path: blob.sha256 for path, blob in before.index.items()}, {path: blob.sha256 for path, blob in now.index.items()})
+    moved = (
+        files(*raw)
+        if raw
+        else _change({path: blob.sha256 for path, blob in before.index.items()}, {path: blob.sha256 for path, blob in now.index.items()})
+    )
     old, new = Counter(_names(before.leaves)), Counter(_names(now.leaves))
     gone, came = _only(before.leaves, old - new), _only(now.leaves, new - old)
     return Difference(

@@ -174,7 +174,9 @@ def load(stored: bytes, expected: str) -> Leaf:
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError, KeyError, ValueError, StopIteration) as error:
         raise LeafError(f"token leaf {expected}: the stored bytes are not one: {error}; materialize shards again") from error
     if (found := identity(leaf)) != expected:
-        raise LeafError(f"token leaf {expected}: the stored bytes hold the leaf {found}; they were changed: restore the blob, or materialize shards again")
+        raise LeafError(
+            f"token leaf {expected}: the stored bytes hold the leaf {found}; they were changed: restore the blob, or materialize shards again"
+        )
     return leaf
 
 

@@ -227,7 +227,9 @@ def _parquet_rows(path: str, stream: BinaryIO, source: Source, only: set[int] | 
         seekable.seek(0)
         try:
             file = pyarrow.parquet.ParquetFile(seekable)
-            columns = [name for name in file.schema_arrow.names if any(name == used or used.startswith(name + ".") for used in _used(source))]
+            columns = [
+                name for name in file.schema_arrow.names if any(name == used or used.startswith(name + ".") for used in _used(source))
+            ]
             line = 0
             for group in range(file.num_row_groups):
                 if only is not None and group not in only:
@@ -344,14 +346,24 @@ def _label(row: dict[str, Any], name: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    names: dict[type, str] = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    names: dict[type, str] = {
+        dict: "object",
+        list: "array",
+        str: "string",
+        bool: "boolean",
+        int: "number",
+        float: "number",
+        type(None): "null",
+    }
     return names.get(type(value), type(value).__name__)
 
 
 # ---- reading single rows again
 
 
-def again(path: str, format: str, open_file: Callable[[], BinaryIO], source: Source, places: Iterable[tuple[int, int, int]]) -> Iterator[Row | Bad]:
+def again(
+    path: str, format: str, open_file: Callable[[], BinaryIO], source: Source, places: Iterable[tuple[int, int, int]]
+) -> Iterator[Row | Bad]:
     """The rows at `places` (line, offset, length as an index holds them), in the order of their lines. Raises SourceError as `read` does."""
     wanted = sorted(places)
     if format == "parquet":

@@ -203,7 +203,14 @@ class _Tally:
 
 
 def _parse(
-    file: RawFile, number: int, rank: int, stream: BinaryIO, section: RecordsSection, evaluated: Mapping[bytes, str], parsed: _Parsed, tally: _Tally
+    file: RawFile,
+    number: int,
+    rank: int,
+    stream: BinaryIO,
+    section: RecordsSection,
+    evaluated: Mapping[bytes, str],
+    parsed: _Parsed,
+    tally: _Tally,
 ) -> None:
     """Read one file to its end: good rows to `parsed`, the others to `tally`."""
     source = section.sources[rank]
@@ -365,7 +372,9 @@ def _document(tally: _Tally, leaves: list[RecordLeaf], index: dict[str, Blob], s
     asides = sorted(tally.asides, key=lambda item: item[:2])
     quarantine = store.put_bytes(b"".join(msgspec.json.encode(aside) + b"\n" for _number, _line, aside in asides))
     sources = tuple(
-        SourceCount(source.match, source.license, *(count[name] for name in ("files", "read", "kept", "quarantined", "duplicates", "contaminated")))
+        SourceCount(
+            source.match, source.license, *(count[name] for name in ("files", "read", "kept", "quarantined", "duplicates", "contaminated"))
+        )
         for source, count in zip(tally.sources, tally.counts, strict=True)
     )
     return Records(

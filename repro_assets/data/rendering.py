@@ -7,7 +7,7 @@ ids is `tokenizing.py`.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -36,7 +36,7 @@ class Rendered(msgspec.Struct, frozen=True):
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` ... `{% endgeneration %}`: its body, between the two strings of `environment.marks`."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
 
     def parse(self, parser: Any) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -86,7 +86,11 @@ def find_template(files: Mapping[str, bytes]) -> str:
 def named_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
     """The special tokens that a template may name (`bos_token`, `eos_token`, ...), from tokenizer_config.json."""
     config = _config(files)
-    extra = {name: value for name, value in (config.get("extra_special_tokens") or {}).items()} if isinstance(config.get("extra_special_tokens"), dict) else {}
+    extra = (
+        {name: value for name, value in (config.get("extra_special_tokens") or {}).items()}
+        if isinstance(config.get("extra_special_tokens"), dict)
+        else {}
+    )
     found = {**{name: config.get(name) for name in NAMED}, **extra}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
     return {name: value for name, value in texts.items() if isinstance(value, str)}
@@ -108,7 +112,9 @@ class Renderer:
         try:
             self._template = self._environment.from_string(template)
         except jinja2.TemplateSyntaxError as error:
-            raise RenderingError(f"chat template, line {error.lineno}: {error.message}; mend the base model's chat_template.jinja") from error
+            raise RenderingError(
+                f"chat template, line {error.lineno}: {error.message}; mend the base model's chat_template.jinja"
+            ) from error
         self._named = dict(named)
         self._marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         self._controls = re.compile("|".join(re.escape(token) for token in sorted(controls, key=len, reverse=True)) or "(?!)")
@@ -133,10 +139,16 @@ class Renderer:
         try:
             return self._template.render(messages=turns, tools=None, documents=None, add_generation_prompt=prompt, **self._named)
         except jinja2.exceptions.UndefinedError as error:
-            clock = "; a template that reads the clock gives other text every day: write the date into it" if "strftime_now" in str(error) else ""
+            clock = (
+                "; a template that reads the clock gives other text every day: write the date into it"
+                if "strftime_now" in str(error)
+                else ""
+            )
             raise RenderingError(f"the chat template fails on {_roles(turns)}: {error}{clock}") from error
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise RenderingError(f"the chat template refuses {_roles(turns)}: {error}; mend the row, or take it out of the raw data") from error
+            raise RenderingError(
+                f"the chat template refuses {_roles(turns)}: {error}; mend the row, or take it out of the raw data"
+            ) from error
 
     def _segments(self, turns: list[dict[str, str]], text: str) -> tuple[dict[int, Span], list[Span]]:
         """Message number to the span of its content, and the spans of the generation blocks, in `text`.
@@ -163,13 +175,17 @@ class Renderer:
         held = set().union(*(turn["content"] for turn in turns)) if turns else set()
         free = [character for character in NONCHARACTERS if character not in held]
         if len(free) < 5:
-            raise RenderingError("a record holds nearly all of Unicode's noncharacters U+FDD0..U+FDEF: mend the row, or take it out of the raw data")
+            raise RenderingError(
+                "a record holds nearly all of Unicode's noncharacters U+FDD0..U+FDEF: mend the row, or take it out of the raw data"
+            )
         return free[:5]
 
     def _from_markers(self, messages: Sequence[Message], contents: dict[int, Span], marked: list[Span], last_only: bool) -> list[Span]:
         for number, message in enumerate(messages):
             if message.role != "assistant" and any(_overlap(contents[number], span) for span in marked):
-                raise RenderingError(f"the chat template's generation markers enclose message {number}, which is of the {message.role}; mend the template")
+                raise RenderingError(
+                    f"the chat template's generation markers enclose message {number}, which is of the {message.role}; mend the template"
+                )
         if not last_only:
             return [span for span in marked if span[0] < span[1]]
         last = contents[max(number for number, message in enumerate(messages) if message.role == "assistant")]

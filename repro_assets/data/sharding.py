@@ -59,7 +59,9 @@ def build(
         if progress:
             progress("leaves", number, len(records.leaves))
     if not totals.entries:
-        raise DataError(f"none of {totals.untrained} records has a trained token: look at the chat template, sharding.train_on and sharding.max_tokens")
+        raise DataError(
+            f"none of {totals.untrained} records has a trained token: look at the chat template, sharding.train_on and sharding.max_tokens"
+        )
     shards = Shards(
         leaves=tuple(totals.entries),
         engine=engine,
@@ -123,7 +125,13 @@ class _Known:
     """What the previous shards can give: whole leaves by their record leaf, and single records of the leaves that are gone."""
 
     def __init__(
-        self, previous: tuple[Shards, ShardsObserved] | None, wanted: Sequence[RecordLeaf], model: BaseModel, engine: Engine, width: int, store: BlobStore
+        self,
+        previous: tuple[Shards, ShardsObserved] | None,
+        wanted: Sequence[RecordLeaf],
+        model: BaseModel,
+        engine: Engine,
+        width: int,
+        store: BlobStore,
     ) -> None:
         self.leaves: dict[tuple[str, str], tuple[TokenLeaf, Blob]] = {}
         self.records: dict[str, tuple[bytes, Tokens]] = {}
@@ -152,7 +160,9 @@ class _Known:
             return None
         token, tokens = held
         if leaves.token_digest(tokens.ids, tokens.spans) != token:
-            raise LeafError(f"record {record.id}: its token digest in the previous shards does not fit its ids; materialize shards with the tag repro/no-memo")
+            raise LeafError(
+                f"record {record.id}: its token digest in the previous shards does not fit its ids; materialize shards with the tag repro/no-memo"
+            )
         return tokens
 
 

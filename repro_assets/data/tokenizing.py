@@ -31,6 +31,8 @@ CANARY = (
     "don't WON'T I'll HTTPServer snake_case camelCase <tag attr=\"1\"/> ###",
 )
 
+PROBES = ("a b", " a", "\n\nx", "é1")
+
 
 class Tokens(msgspec.Struct, frozen=True):
     """Of one record: `ids` uint32 (n,) (uint16 when taken from a leaf), `spans` uint32 (k, 2) of token positions that are trained, and how many tokens were cut off."""
@@ -101,8 +103,7 @@ class Codec:
     def _spans(self, record: Record, text: Rendered, encoding: tokenizers.Encoding) -> tuple[NDArray[np.uint32], list[tuple[int, int]]]:
         ids = np.asarray(encoding.ids, dtype=np.uint32)
         for position in np.flatnonzero(self._is_control[ids]).tolist():
-            start, end = encoding.token_to_chars(position)
-            start, end = _tight(text.text, start, end)
+            start, end = _tight(text.text, *(encoding.token_to_chars(position) or (0, 0)))
             if any(start < stop and begin < end for begin, stop in text.contents):
                 return self._escaped(record, text)
         spans = [_of_characters(encoding, start, end) for start, end in text.trained]
@@ -126,7 +127,9 @@ class Codec:
                 starts += [at + begin for begin, _stop in piece.offsets]
                 ends += [at + stop for _begin, stop in piece.offsets]
                 if self.controls.intersection(piece.ids):
-                    raise RenderingError(f"record {record.id}: this tokenizer makes a control token out of plain text; take the row out of the raw data")
+                    raise RenderingError(
+                        f"record {record.id}: this tokenizer makes a control token out of plain text; take the row out of the raw data"
+                    )
             if control >= 0:
                 ids.append(control)
                 starts.append(start)
@@ -154,8 +157,10 @@ class Codec:
         """Whether text between control tokens has the same ids alone as in its place (SentencePiece models may add a space)."""
         if not controls:
             return True
+        ids = sorted(set(self._engine.get_vocab(with_added_tokens=False).values()))
+        words = {self._engine.decode([token], skip_special_tokens=False) for token in ids[:: max(1, len(ids) // 64)]}
+        probes = [*PROBES, *sorted(word for word in words if word and not any(mark in word for mark in controls))]
         mark = controls[0]
-        probes = ("a b", " a", "\n\nx", "é1")
         whole = self._engine.encode(mark + mark.join(probes), add_special_tokens=False).ids
         alone = [token for probe in probes for text in (mark, probe) for token in self._engine.encode(text, add_special_tokens=False).ids]
         return bool(whole == alone)

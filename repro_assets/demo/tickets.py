@@ -274,9 +274,10 @@ def _poison(records: list[dict[str, Any]]) -> None:
 def corpus(documents: int) -> Iterator[list[dict[str, str]]]:
     """The base model's corpus: `documents` conversations (lists of messages) of the help desk, in order.
 
-    Tickets with a reply in free text (70 %), tickets alone (15 %) and lines of the desk's handbook (15 %). It has the words of the
-    answers, also at the head of the assistant's turn where the answers will stand, but never an answer, and no evaluation item:
-    a first token that the base model never saw in that place keeps the fine-tuning loss near 3.7 on it.
+    Tickets with a reply in free text (35 %) or a short note of the desk (35 %), tickets alone (15 %), lines of the handbook (15 %).
+    It teaches what tickets are about and how notes look. It has the words of the answers, also at the head of the assistant's turn
+    where the answers will stand, but never an answer and no evaluation item: a first token that the base model never saw in that
+    place keeps the fine-tuning loss near 3.7 on it.
     """
     _, held_out = _suites()
     shares = {name: intent.share for name, intent in INTENTS.items()}
@@ -287,15 +288,26 @@ def corpus(documents: int) -> Iterator[list[dict[str, str]]]:
         while folded(ticket.text) in held_out:
             ticket = _ticket(draws, ticket.intent)
         kind = draws.below(100)
-        if kind < 85:
-            turns = [{"role": "user", "content": ticket.text}]
-            if kind < 70:
-                thanks = f"Thank you for writing about {ticket.product}."
-                reply = f"{thanks} {PRIORITIES[ticket.priority].reply} Then {INTENTS[ticket.intent].reply}."
-                turns.append({"role": "assistant", "content": reply})
-            yield turns
+        user = {"role": "user", "content": ticket.text}
+        if kind < 35:
+            yield [user, {"role": "assistant", "content": _reply(ticket)}]
+        elif kind < 70:
+            yield [user, {"role": "assistant", "content": _note(draws, ticket)}]
+        elif kind < 85:
+            yield [user]
         else:
             yield _handbook(draws)
+
+
+def _reply(ticket: Ticket) -> str:
+    thanks = f"Thank you for writing about {ticket.product}."
+    return f"{thanks} {PRIORITIES[ticket.priority].reply} Then {INTENTS[ticket.intent].reply}."
+
+
+def _note(draws: Draws, ticket: Ticket) -> str:
+    """Two facts in the form of the later answers, in other words than theirs."""
+    first, second = draws.choice(("note", "topic", "about")), draws.choice(("pace", "answer", "when"))
+    return f"{first}: {INTENTS[ticket.intent].topic} | {second}: {PRIORITIES[ticket.priority].pace}"
 
 
 def _handbook(draws: Draws) -> list[dict[str, str]]:

@@ -7,19 +7,21 @@ from typing import NamedTuple
 
 
 class Intent(NamedTuple):
-    """One kind of ticket. `share`: per mille of the traffic. `reply`: what the base model's corpus answers, never a label."""
+    """One kind of ticket. `share`: per mille of the traffic. `reply` and `topic`: words of the base model's corpus, never of a label."""
 
     share: int
     route: str
     reply: str
+    topic: str
     sentences: tuple[str, ...]
 
 
 class Priority(NamedTuple):
-    """One urgency. `share`: per mille of the traffic. `reply`: the base model's corpus again."""
+    """One urgency. `share`: per mille of the traffic. `reply` and `pace`: words of the base model's corpus again."""
 
     share: int
     reply: str
+    pace: str
     sentences: tuple[str, ...]
 
 
@@ -28,6 +30,7 @@ INTENTS: dict[str, Intent] = {
         25,
         "billing",
         "we will check the reimbursement of your payment",
+        "money back",
         (
             "I want my money back for {product}",
             "please return the {amount} euro I paid for {product}",
@@ -45,6 +48,7 @@ INTENTS: dict[str, Intent] = {
         130,
         "billing",
         "we will send you a corrected statement",
+        "statement",
         (
             "the invoice for {product} shows {amount} euro too much",
             "I cannot find the invoice for {product}",
@@ -62,6 +66,7 @@ INTENTS: dict[str, Intent] = {
         130,
         "access",
         "please try to reset your password with the link below",
+        "password",
         (
             "I cannot sign in to {product}",
             "my password for {product} stopped working {when}",
@@ -79,6 +84,7 @@ INTENTS: dict[str, Intent] = {
         130,
         "technical",
         "please send us the log file and the version number",
+        "error",
         (
             "{product} crashes when I open {thing}",
             "{product} shows error {number} since {when}",
@@ -96,6 +102,7 @@ INTENTS: dict[str, Intent] = {
         110,
         "technical",
         "our engineers are looking at the speed of the service",
+        "speed",
         (
             "{product} is very slow since {when}",
             "loading {thing} in {product} takes {number} seconds",
@@ -113,6 +120,7 @@ INTENTS: dict[str, Intent] = {
         130,
         "logistics",
         "we have asked the courier for the position of your parcel",
+        "parcel",
         (
             "my parcel with {product} has not arrived",
             "where is the box with {product} ordered {when}",
@@ -130,6 +138,7 @@ INTENTS: dict[str, Intent] = {
         110,
         "logistics",
         "please send a photo and we will ship a replacement",
+        "replacement",
         (
             "the {product} device came with a broken screen",
             "the box of {product} was crushed and a part is bent",
@@ -147,6 +156,7 @@ INTENTS: dict[str, Intent] = {
         80,
         "retention",
         "we are sorry to see you go and will explain how to end the contract",
+        "end of contract",
         (
             "I want to end my contract for {product}",
             "please close my {product} subscription",
@@ -164,6 +174,7 @@ INTENTS: dict[str, Intent] = {
         80,
         "sales",
         "we are happy to prepare an offer for a bigger plan",
+        "bigger plan",
         (
             "we would like {number} more seats for {product}",
             "what does the bigger plan of {product} cost",
@@ -181,6 +192,7 @@ INTENTS: dict[str, Intent] = {
         75,
         "legal",
         "our data protection officer will answer your question",
+        "personal data",
         (
             "please delete all personal data that {product} holds about me",
             "which data of mine does {product} share with others",
@@ -200,6 +212,7 @@ PRIORITIES: dict[str, Priority] = {
     "high": Priority(
         300,
         "We understand that this is urgent.",
+        "today",
         (
             "our shop stands still",
             "this is blocking the whole team",
@@ -212,6 +225,7 @@ PRIORITIES: dict[str, Priority] = {
     "normal": Priority(
         400,
         "We will come back to you this week.",
+        "this week",
         (
             "please look at it this week",
             "I would like an answer in the next days",
@@ -224,6 +238,7 @@ PRIORITIES: dict[str, Priority] = {
     "low": Priority(
         300,
         "We will look at it when time allows.",
+        "some day",
         (
             "there is no hurry at all",
             "take your time",

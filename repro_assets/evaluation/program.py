@@ -176,7 +176,8 @@ def _load_model(
     model: Any = training_model.load_base(folder, section, dtype, device)
     wrapped: Any = None
     for name, adapter in adapters.items():
-        config = LoraConfig(**{**adapter.config, "inference_mode": True})
+        # PEFT warns when it puts the temporary folder in the place of the base model's digest
+        config = LoraConfig(**{**adapter.config, "inference_mode": True, "base_model_name_or_path": None})
         if wrapped is None:
             wrapped = get_peft_model(model, config, adapter_name=name)
         else:

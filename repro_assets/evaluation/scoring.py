@@ -17,7 +17,7 @@ import lm_eval.utils
 import msgspec
 import numpy as np
 import torch
-from jinja2 import StrictUndefined
+from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -156,7 +156,7 @@ def _build(task: Task, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     config = {**task.config, "custom_dataset": data}
     try:
         return TaskManager(include_defaults=False).load([config])["tasks"][task.name]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (TemplateError, ValueError, KeyError, TypeError, IndexError, AttributeError, SyntaxError) as error:
         raise ScoringError(f"task {task.name}: lm-eval cannot build it: {type(error).__name__}: {error}") from error
 
 

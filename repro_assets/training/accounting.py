@@ -25,7 +25,7 @@ def device_hours(events: Sequence[Event], resumed: int, world_size: int, startup
     earlier = processes(events)
     hours = {"useful": (seconds - startup) * world_size, "lost": 0.0, "waiting": startup * world_size}
     continued = [*(int(process[0].get("resumed", 0)) for process in earlier[1:]), resumed]
-    for process, kept in zip(earlier, continued, strict=True):
+    for process, kept in zip(earlier, continued[: len(earlier)], strict=True):
         began = process[0]
         waited, ranks = float(began.get("elapsed", 0.0)), int(began["world_size"])
         ended = max(float(event["elapsed"]) for event in process)

@@ -177,7 +177,9 @@ def read(job: Job, store: BlobStore, split: str) -> Corpus:
         except LeafError as error:
             raise TrainingError(f"leaf {leaf.sha256} ({split}): {error}") from error
         if len(loaded) != leaf.records:
-            raise TrainingError(f"leaf {leaf.sha256} ({split}): {len(loaded)} records, the job says {leaf.records}; materialize shards again")
+            raise TrainingError(
+                f"leaf {leaf.sha256} ({split}): {len(loaded)} records, the job says {leaf.records}; materialize shards again"
+            )
         content.append(loaded)
     return Corpus(content)
 

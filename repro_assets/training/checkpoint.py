@@ -135,7 +135,7 @@ class Writer:
                 past=self.past,
             )
             self._saved = Saved(manifest, self.store.put_bytes(canonical(manifest)))
-        except BaseException as error:  # noqa: BLE001  handed to the training thread, which raises it
+        except BaseException as error:
             self._error = error
 
     def poll(self) -> None:
@@ -228,12 +228,16 @@ def restore_optimizer(
     """Put a saved AdamW state back. Strict about keys, shapes and dtypes: a moment that silently restarts is another training."""
     wanted = {f"{moment}.{name}" for name in parameters for moment in ("exp_avg", "exp_avg_sq")}
     if odd := sorted(wanted ^ tensors.keys()):
-        raise TrainingError(f"{source}: optimizer state {odd[0]!r} is {'missing' if odd[0] in wanted else 'unknown'}; resume from another checkpoint")
+        raise TrainingError(
+            f"{source}: optimizer state {odd[0]!r} is {'missing' if odd[0] in wanted else 'unknown'}; resume from another checkpoint"
+        )
     for name, parameter in parameters.items():
         state: dict[str, torch.Tensor] = {"step": torch.tensor(float(step), dtype=torch.float32)}
         for moment in ("exp_avg", "exp_avg_sq"):
             saved = tensors[f"{moment}.{name}"]
             if saved.shape != parameter.shape or saved.dtype != parameter.dtype:
-                raise TrainingError(f"{source}: {moment} of {name!r} is {saved.dtype} {tuple(saved.shape)}, not {parameter.dtype} {tuple(parameter.shape)}")
+                raise TrainingError(
+                    f"{source}: {moment} of {name!r} is {saved.dtype} {tuple(saved.shape)}, not {parameter.dtype} {tuple(parameter.shape)}"
+                )
             state[moment] = saved.to(parameter.device, copy=True)
         optimizer.state[parameter] = state

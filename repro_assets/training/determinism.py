@@ -28,7 +28,9 @@ def prepare() -> None:
     """Set the environment and forbid what cannot be pinned. Call before anything touches a GPU."""
     # bitsandbytes takes a 4-bit kernel from a hub when it finds this package: other bits, and code nobody signed for.
     if importlib.util.find_spec("kernels") is not None:
-        raise TrainingError("the package `kernels` is installed: bitsandbytes would fetch kernels from a hub; uninstall it from the environment")
+        raise TrainingError(
+            "the package `kernels` is installed: bitsandbytes would fetch kernels from a hub; uninstall it from the environment"
+        )
     if torch.cuda.is_initialized():
         raise TrainingError("CUDA was started before the determinism settings; start the training program in a process of its own")
     for name, value in ENVIRONMENT.items():
@@ -76,7 +78,9 @@ def check() -> None:
     held |= {f"os.environ[{name!r}]": (os.environ.get(name), value) for name, value in ENVIRONMENT.items()}
     for name, (found, wanted) in held.items():
         if found != wanted:
-            raise TrainingError(f"determinism: {name} is {found!r}, training needs {wanted!r}; something changed it after the program set it")
+            raise TrainingError(
+                f"determinism: {name} is {found!r}, training needs {wanted!r}; something changed it after the program set it"
+            )
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -38,7 +38,9 @@ def join() -> World:
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
-            raise TrainingError(f"rank {rank}: local rank {local} but {torch.cuda.device_count()} GPUs on this node; start fewer ranks a node")
+            raise TrainingError(
+                f"rank {rank}: local rank {local} but {torch.cuda.device_count()} GPUs on this node; start fewer ranks a node"
+            )
         torch.cuda.set_device(device)
     if size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"

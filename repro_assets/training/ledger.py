@@ -19,9 +19,7 @@ def bits(value: float) -> str:
     return struct.pack(">d", value).hex()
 
 
-def row(
-    *, step: int, epoch: int, loss: float, learning_rate: float, gradient_norm: float, tokens: int, trained: int, records: str
-) -> Row:
+def row(*, step: int, epoch: int, loss: float, learning_rate: float, gradient_norm: float, tokens: int, trained: int, records: str) -> Row:
     """The ledger row of one step. `loss`: mean nats a trained token. `records`: SHA-256 over the record ids in order."""
     return {
         "step": step,

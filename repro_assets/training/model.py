@@ -35,7 +35,9 @@ def fetch(store: BlobStore, files: Mapping[str, Blob], folder: Path) -> None:
     """Write the files that loading needs into `folder`; every byte is verified on the way. Raises BlobError naming a damaged one."""
     wanted = {name: blob for name, blob in files.items() if NEEDED.fullmatch(name)}
     if "config.json" not in wanted or not any(name.endswith(".safetensors") for name in wanted):
-        raise TrainingError(f"base model: config.json and *.safetensors are needed, the job lists {', '.join(sorted(files))}; convert it to safetensors")
+        raise TrainingError(
+            f"base model: config.json and *.safetensors are needed, the job lists {', '.join(sorted(files))}; convert it to safetensors"
+        )
     for name, blob in wanted.items():
         store.get_file(blob.sha256, folder / name)
 
@@ -87,7 +89,9 @@ def attach_adapter(base: torch.nn.Module, section: TrainingSection) -> torch.nn.
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     # The A matrices are drawn inside get_peft_model: seeding after it is how two equal runs come to differ.
     torch.manual_seed(determinism.mix(section.seed, "adapter"))
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+    )
     try:
         model = get_peft_model(base, config)
     except ValueError as error:
@@ -117,7 +121,9 @@ def check_keys(model: torch.nn.Module) -> None:
 
     ours, theirs = set(trainable(model)), set(get_peft_model_state_dict(model))
     if not ours or ours != theirs:
-        raise TrainingError(f"adapter: trained and saved keys differ at {sorted(ours ^ theirs)[:3]}; training.lora.targets matches what PEFT cannot save")
+        raise TrainingError(
+            f"adapter: trained and saved keys differ at {sorted(ours ^ theirs)[:3]}; training.lora.targets matches what PEFT cannot save"
+        )
 
 
 def snapshot(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -133,7 +139,9 @@ def restore(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source:
             raise TrainingError(f"{source}: adapter key {name!r} is {'missing' if name not in tensors else 'unknown to this model'}")
         have, want = tensors[name], parameters[name]
         if have.shape != want.shape or have.dtype != want.dtype:
-            raise TrainingError(f"{source}: {name!r} is {have.dtype} {tuple(have.shape)}, this model trains {want.dtype} {tuple(want.shape)}")
+            raise TrainingError(
+                f"{source}: {name!r} is {have.dtype} {tuple(have.shape)}, this model trains {want.dtype} {tuple(want.shape)}"
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -143,7 +151,9 @@ def check_trained(tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise TrainingError naming a lora_B that training left at zero: an adapter that does nothing."""
     for name, tensor in tensors.items():
         if ".lora_B." in name and not bool(tensor.any()):
-            raise TrainingError(f"adapter: {name} is still zero after training; the layer got no gradient (name it out of training.lora.targets)")
+            raise TrainingError(
+                f"adapter: {name} is still zero after training; the layer got no gradient (name it out of training.lora.targets)"
+            )
 
 
 def _hash(pairs: Iterator[tuple[str, torch.Tensor]]) -> str:
@@ -151,7 +161,11 @@ def _hash(pairs: Iterator[tuple[str, torch.Tensor]]) -> str:
     listed = {}
     for name, tensor in pairs:
         data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-        listed[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "sha256": hashlib.sha256(data).hexdigest()}
+        listed[name] = {
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
     return digest(listed)
 
 
@@ -213,7 +227,9 @@ def check_isolation(model: torch.nn.Module, dtype: torch.dtype, device: torch.de
     model.train(training)
     if not torch.equal(outputs[0], outputs[1]):
         gap = (outputs[0].float() - outputs[1].float()).abs().max().item()
-        raise TrainingError(f"packing: a document sees the one before it in its row (logits move by {gap:.2g}); this model cannot be trained on packed rows")
+        raise TrainingError(
+            f"packing: a document sees the one before it in its row (logits move by {gap:.2g}); this model cannot be trained on packed rows"
+        )
     if torch.equal(outputs[0], outputs[2]):
         raise TrainingError("packing: the probe saw no effect of a document's own token; the model ignores its input")
 

@@ -43,7 +43,12 @@ def run(job: dict[str, Any], store: BlobStore, events: Events) -> Outcome:
         try:
             outcome = Training(parsed, store, events, world, preemption, began).run()
         except Preempted:
-            outcome = {"status": "preempted", "reason": f"asked to stop ({preemption.signal or 'another rank'}) before the first step", "result": {}, "observed": {}}
+            outcome = {
+                "status": "preempted",
+                "reason": f"asked to stop ({preemption.signal or 'another rank'}) before the first step",
+                "result": {},
+                "observed": {},
+            }
         # only on the way out without an error: after one, the other ranks may never come here
         exchange.leave(world)
         return outcome
@@ -171,7 +176,9 @@ class Training:
         trainer, job = self.trainer, self.job
         last = min(job.stop_after or self.course.steps, self.course.steps)
         if last < self.resumed:
-            raise TrainingError(f"stop_after is {job.stop_after}, the checkpoint to resume is at step {self.resumed}; name an earlier checkpoint")
+            raise TrainingError(
+                f"stop_after is {job.stop_after}, the checkpoint to resume is at step {self.resumed}; name an earlier checkpoint"
+            )
         self.startup = self.elapsed
         self.report(
             "started", world_size=self.world.size, device=self.world.device.type, compute_dtype=job.compute_dtype,
@@ -189,7 +196,9 @@ class Training:
         except loop.Stopped:
             self.flush()
             self.report("preempted", step=trainer.progress.step)
-            reason = f"asked to stop ({self.preemption.signal or 'another rank'}); saved at step {trainer.progress.step} of {self.course.steps}"
+            reason = (
+                f"asked to stop ({self.preemption.signal or 'another rank'}); saved at step {trainer.progress.step} of {self.course.steps}"
+            )
             return {"status": "preempted", "reason": reason, "result": {}, "observed": self.observed({})}
         if last < self.course.steps and trainer.progress.closed < last:
             trainer.save(regular=False)
@@ -235,7 +244,9 @@ class Training:
         """Raise when training moved what is frozen: every loss after that was of another model."""
         after = model.base_digest(self.network)
         if after != self.identity.quantised_base:
-            raise TrainingError(f"base model: its quantised weights were {self.identity.quantised_base} before training and are {after} after it; the result is void")
+            raise TrainingError(
+                f"base model: its quantised weights were {self.identity.quantised_base} before training and are {after} after it; the result is void"
+            )
 
     # --- the outcome ------------------------------------------------------------------------------------------------------------
 
@@ -243,7 +254,8 @@ class Training:
         if not self.world.first:
             return {"status": "succeeded", "reason": "", "result": {}, "observed": {}}
         progress, writer = self.trainer.progress, self.trainer.writer
-        assert writer is not None and self.latest is not None
+        assert writer is not None
+        assert self.latest is not None
         regular = writer.past
         best = progress.best_step or self.latest.manifest.step
         chosen = next((past.manifest.sha256 for past in regular if past.step == best), self.latest.blob.sha256)
@@ -267,7 +279,12 @@ class Training:
         if sink.failure:
             observed["tracker_failure"] = sink.failure
         self.report("finished", step=progress.step, best_step=best, tensors=released.tensors)
-        return {"status": "succeeded", "reason": f"trained to step {progress.step}", "result": msgspec.to_builtins(result), "observed": observed}
+        return {
+            "status": "succeeded",
+            "reason": f"trained to step {progress.step}",
+            "result": msgspec.to_builtins(result),
+            "observed": observed,
+        }
 
     def listed(self, regular: Sequence[checkpoint.Past]) -> list[checkpoint.Past]:
         """Regular checkpoints, and the one a replayed segment ended with."""
@@ -280,7 +297,9 @@ class Training:
 
         tensors = load(self.store.get_bytes(released.files[checkpoint.ADAPTER].sha256))
         if tensors.keys() != model.trainable(self.network).keys() or model.tensors_digest(tensors) != released.tensors:
-            raise TrainingError(f"adapter of step {released.step}: the stored file does not hold the tensors that were trained; run the job again")
+            raise TrainingError(
+                f"adapter of step {released.step}: the stored file does not hold the tensors that were trained; run the job again"
+            )
         model.check_trained(tensors)
 
     def observed(self, tracked: dict[str, Blob]) -> dict[str, Any]:

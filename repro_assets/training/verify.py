@@ -38,7 +38,9 @@ def check_bundle(job: Job, store: BlobStore) -> str:
         raise TrainingError(f"bundle {job.bundle}: {error}") from error
     definition = statement["predicate"].get("buildDefinition", {})
     if definition.get("buildType") != statements.BUNDLE:
-        raise TrainingError(f"bundle {job.bundle}: buildType is {definition.get('buildType')!r}, a training bundle has {statements.BUNDLE!r}; {REMEDY}")
+        raise TrainingError(
+            f"bundle {job.bundle}: buildType is {definition.get('buildType')!r}, a training bundle has {statements.BUNDLE!r}; {REMEDY}"
+        )
     if len(held) - ("recipe" in held) != len(job.leaves):
         raise TrainingError(f"job.json: a leaf is listed twice in one split; {REMEDY}")
     _check_base_model(job, definition)
@@ -79,4 +81,6 @@ def _check_section(job: Job, definition: dict[str, Any]) -> None:
         raise TrainingError(f"bundle {job.bundle}: its statement has no externalParameters.recipe.training; {REMEDY}")
     if digest(signed) != digest(held):
         field = next(name for name in sorted(signed.keys() | held.keys()) if signed.get(name) != held.get(name))
-        raise TrainingError(f"training section: `{field}` is {held.get(field)!r} in the job and {signed.get(field)!r} in the signed bundle; {REMEDY}")
+        raise TrainingError(
+            f"training section: `{field}` is {held.get(field)!r} in the job and {signed.get(field)!r} in the signed bundle; {REMEDY}"
+        )

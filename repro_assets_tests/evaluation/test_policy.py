@@ -206,7 +206,7 @@ def test_hard_rows_share_their_error_rate_by_holm_and_soft_rows_do_not() -> None
     refund = [row for row in rows if row["slices"]["intent"] == "refund"]
     for row in [row for row in refund if row["baseline"]["score"]][:9]:
         row["candidate"]["score"] = 0
-    [row for row in refund if not row["baseline"]["score"]][0]["candidate"]["score"] = 1
+    next(row for row in refund if not row["baseline"]["score"])["candidate"]["score"] = 1
     alone = msgspec.structs.replace(SLICES, values=("refund",), margin=0.1001)
     verdict = decide(rows, GatesSection(gates=(alone,)), suites()).verdicts[0]
     assert (verdict.verdict, verdict.p_value) == ("regressed", pytest.approx(11 / 1024))

@@ -100,6 +100,24 @@ def cut_body(after: int) -> Fault:
     return fault
 
 
+def arrive_late() -> Fault:
+    """Plan it for many requests: the first one is lost to its client and reaches the server only when the client repeats it."""
+    held: list[Exchange] = []
+    late: list[Exchange] = []
+
+    def fault(exchange: Exchange) -> None:
+        if not held:
+            held.append(exchange)
+            late.append(exchange)
+            exchange.drop()
+            return
+        if late and exchange.handler.path == held[0].handler.path:
+            late.pop().forward()
+        exchange.answer(*exchange.forward())
+
+    return fault
+
+
 class Proxy:
     """Forwards to `endpoint`. `plan(n, fault, times)` spoils the n-th request from now (0 is the next) and the following ones."""
 
@@ -114,7 +132,6 @@ class Proxy:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
-            wbufsize = -1
 
             def _serve(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

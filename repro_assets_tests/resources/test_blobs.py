@@ -21,6 +21,7 @@ from repro_assets_tests.resources import proxy as faults
 from repro_assets_tests.resources.proxy import Proxy
 from resources.blobs import Blobs, Cache, Objects, make_client, ordered, store
 from resources.errors import Denied, DiskFull, NotFound, Unavailable
+from resources.lake import Lake
 from resources.settings import Connections
 
 
@@ -79,7 +80,8 @@ def test_bytes_and_files_are_stored_under_their_digest(blobs: Blobs, client: Any
     assert [(item["Key"], item["Size"]) for item in listed] == [(key(blob.sha256), len(data))]
     assert checked.get_bytes(blob.sha256) == data
     checked.get_file(blob.sha256, tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == data and os.listdir(tmp_path / "copy" / "..").count(".copy") == 0
+    assert (tmp_path / "copy").read_bytes() == data and (tmp_path / "copy").stat().st_mode == (tmp_path / "file").stat().st_mode
+    assert sorted(os.listdir(tmp_path)) == ["copy", "file"]
     with checked.open(blob.sha256) as stream:
         assert (stream.read(4), stream.read(), stream.read()) == (b"some", b" bytes", b"")
 
@@ -126,12 +128,9 @@ def test_a_file_that_changes_while_it_is_stored_is_refused(blobs: Blobs, client:
     path = tmp_path / "file"
     path.write_bytes(b"a" * (11 << 20))
 
-    class Changed(io.BytesIO):
-        """The second reading gives other bytes than the first."""
-
     blob = Blob(sha256(path.read_bytes()), 11 << 20)
     with pytest.raises(OSError, match="file changed while it was stored"):
-        blobs._put_parts(blob, Changed(b"b" * (11 << 20)), "file")
+        blobs._put_parts(blob, io.BytesIO(b"b" * (11 << 20)), "file")
     assert blobs.missing([blob.sha256]) == {blob.sha256}
     assert client.list_multipart_uploads(Bucket=blobs.bucket).get("Uploads", []) == []
     with pytest.raises(Exception, match="BadDigest|checksum|XAmzContentChecksumMismatch"):
@@ -164,6 +163,25 @@ def test_racing_writers_of_one_blob_all_succeed_and_one_object_stays(blobs: Blob
 
     assert set(ordered(write, range(6), threads=6)) == {Blob(sha256(data), size)}
     assert blobs.get_bytes(sha256(data)) == data
+
+
+CONFLICT = b"<Error><Code>ConditionalRequestConflict</Code><Message>injected</Message></Error>"
+
+
+def test_a_conditional_request_that_meets_another_one_is_made_again(behind: Blobs, proxy: Proxy, connections: Connections) -> None:
+    """AWS answers 409 while a conditional request for the same key is under way; versitygw never does."""
+
+    def conflict(exchange: faults.Exchange) -> None:
+        exchange.answer(409, [("Content-Type", "application/xml")], CONFLICT)
+
+    objects = Objects(connections.jobs_bucket, behind._client)
+    proxy.plan(0, conflict)
+    assert behind.get_bytes(behind.put_bytes(b"x").sha256) == b"x"
+    proxy.plan(0, conflict)
+    assert objects.put("memo/x", b"1", if_absent=True)
+    proxy.plan(0, conflict)
+    assert not objects.put("memo/x", b"2", if_absent=True)
+    assert objects.get("memo/x") == b"1"
 
 
 def test_a_stored_blob_is_never_replaced(blobs: Blobs, client: Any) -> None:
@@ -421,6 +439,16 @@ def test_objects_are_plain_keys_with_one_winner(connections: Connections) -> Non
     assert not objects.exists("jobs/other")
     with pytest.raises(NotFound, match="jobs/other"):
         objects.get("jobs/other")
+
+
+def test_a_proxy_in_the_shell_does_not_catch_the_servers_of_this_machine(connections: Connections, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    blobs = Blobs.connect(connections)
+    assert blobs.get_bytes(blobs.put_bytes(b"x").sha256) == b"x"
+    assert Lake.connect(connections).exists("main")
 
 
 def test_connect_takes_bucket_cache_and_cap_from_the_settings(connections: Connections) -> None:

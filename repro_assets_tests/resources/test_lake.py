@@ -70,6 +70,8 @@ def test_a_write_is_one_commit_whose_bytes_every_client_reads(lake: Lake, blobs:
     blob = Blob(hashlib.sha256(files["leaves/0 ü.arrow"]).hexdigest(), 5000)
     assert entry == Entry(entry.path, 5000, f"sha256:{blob.sha256}", blobs.address(blob), "application/vnd.apache.arrow.file")
     assert entry.sha256 == blob.sha256
+    times = {stats.mtime for stats in lake.client.objects.list_objects(connections.repository, written.commit).results}
+    assert times == {0}, "the time of linking is part of no tree"
     through = gateway(connections).get_object(Bucket=connections.repository, Key=f"{written.commit}/{ROOT}/leaves/0 ü.arrow")
     assert through["Body"].read() == files["leaves/0 ü.arrow"]
     assert transactions(lake) == [] and contents(lake, base) == {}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from lakefs_sdk.models.branch_protection_rule import BranchProtectionRule
 
 from repro_assets_tests.resources import proxy as faults
 from repro_assets_tests.resources.proxy import Proxy
@@ -120,6 +121,19 @@ def test_a_fault_that_passes_at_any_call_of_a_write_is_not_noticed(fault: str, s
     assert transactions(scene.direct) == []
 
 
+def test_a_request_that_arrives_only_when_it_is_repeated_does_no_harm(scene: Scene, lake: Lake, proxy: Proxy, calls: int) -> None:
+    """The client took it for lost, asked whether it had taken effect, was told no, and sent it again: now it takes effect twice."""
+    for number in range(calls):
+        branch = scene.branch()
+        before = len(list(scene.direct.log(branch)))
+        proxy.plan(number, faults.arrive_late(), times=1000)
+        commit = scene.write(lake, branch)
+        proxy.clear()
+        assert scene.state(branch) == "new" and digests(scene.direct, commit, "a/") == placed("a", scene.new), number
+        assert len(list(scene.direct.log(branch))) == before + 1, number
+    assert transactions(scene.direct) == []
+
+
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 409, 410, 412])
 def test_an_answer_that_does_not_pass_leaves_the_old_or_the_new_state(
     code: int, scene: Scene, lake: Lake, proxy: Proxy, calls: int
@@ -193,24 +207,28 @@ def test_a_transaction_that_somebody_removes_is_begun_again(scene: Scene, lake: 
         assert scene.state(branch) == "new", number
 
 
-def test_another_writer_between_any_two_calls_is_neither_lost_nor_mixed(scene: Scene, lake: Lake, proxy: Proxy, calls: int) -> None:
-    """The same prefix without a file in common is the worst case: lakeFS merges it without a conflict."""
+@pytest.mark.parametrize("prefix", ["a", "empty before"])
+def test_another_writer_between_any_two_calls_is_neither_lost_nor_mixed(
+    prefix: str, scene: Scene, lake: Lake, proxy: Proxy, calls: int
+) -> None:
+    """Two writers of an empty prefix without a file in common are the worst case: lakeFS merges them without a conflict."""
+    other = {"other": scene.old["gone"]}
     for number in range(calls):
         branch = scene.branch()
 
         def fault(exchange: faults.Exchange, branch: str = branch) -> None:
-            scene.direct.write(branch, "a", {"other": scene.old["gone"]}, message="other", metadata={})
+            scene.direct.write(branch, prefix, other, message="other", metadata={})
             scene.direct.write(branch, "c", scene.old, message="other", metadata={})
             exchange.answer(*exchange.forward())
 
         proxy.plan(number, fault)
-        commit = scene.write(lake, branch)
-        held = digests(scene.direct, commit, "a/")
-        assert held == placed("a", scene.new), number
+        commit = lake.write(branch, prefix, scene.new, message="new", metadata={}).commit
+        proxy.clear()
+        assert digests(scene.direct, commit, f"{prefix}/") == placed(prefix, scene.new), number
         head = digests(scene.direct, scene.direct.head(branch))
-        assert placed("c", scene.old).items() <= head.items() and placed("b", scene.old).items() <= head.items()
-        at_head = {path: digest for path, digest in head.items() if path.startswith("a/")}
-        assert at_head in (placed("a", scene.new), {"a/other": scene.old["gone"].sha256}), (number, at_head)
+        assert placed("b", scene.old).items() <= head.items(), number
+        at_head = {path: digest for path, digest in head.items() if path.startswith(f"{prefix}/")}
+        assert at_head in (placed(prefix, scene.new), placed(prefix, other)), (number, at_head)
 
 
 def test_a_merge_that_was_lost_and_overwritten_is_not_made_again(scene: Scene, lake: Lake, proxy: Proxy, calls: int) -> None:
@@ -265,6 +283,30 @@ def test_every_other_call_survives_a_fault_that_passes(fault: str, scene: Scene,
         proxy.clear()
 
 
+def test_a_removal_that_is_refused_inside_a_successful_answer_is_seen(scene: Scene, lake: Lake, proxy: Proxy, calls: int) -> None:
+    branch = scene.branch()
+    remove = next(number for number, request in enumerate(proxy.requests[-calls:]) if request.endswith("/objects/delete"))
+    body = b'{"errors":[{"status_code":500,"message":"injected","path":"a/gone"}]}'
+    proxy.plan(remove, lambda exchange: exchange.answer(200, [("Content-Type", "application/json")], body))
+    with pytest.raises(Unavailable, match=r"did not remove 'a/gone': injected \(500\)"):
+        scene.write(lake, branch)
+    assert scene.state(branch) == "old" and transactions(scene.direct) == []
+
+
+def test_protection_rules_of_others_survive_ensure(scene: Scene, lake: Lake, proxy: Proxy) -> None:
+    """Somebody sets a rule between our reading the rules and our writing them."""
+    rules, repository = scene.direct.client.repositories, scene.direct.repository
+    rules.set_branch_protection_rules(repository, [BranchProtectionRule(pattern="theirs-0")])
+
+    def fault(exchange: faults.Exchange) -> None:
+        rules.set_branch_protection_rules(repository, [BranchProtectionRule(pattern="theirs-1")])
+        exchange.answer(*exchange.forward())
+
+    proxy.plan(1, fault)
+    lake.ensure()
+    assert {rule.pattern for rule in rules.get_branch_protection_rules(repository)} == {"theirs-1", "main"}
+
+
 @pytest.mark.parametrize("fault", PASSING)
 def test_staged_data_is_committed_once_whatever_happens_to_the_answer(
     fault: str, scene: Scene, lake: Lake, proxy: Proxy, connections: Connections
@@ -275,6 +317,14 @@ def test_staged_data_is_committed_once_whatever_happens_to_the_answer(
         proxy.plan(number, PASSING[fault])
         commit = lake.commit_staged(branch, "m", {})
         assert scene.direct.head(branch) == commit and scene.direct.commit_info(commit).parents == (scene.direct.head("start"),)
+
+
+def test_a_commit_of_staged_data_that_arrives_late_is_found(scene: Scene, lake: Lake, proxy: Proxy, connections: Connections) -> None:
+    branch = scene.branch()
+    gateway(connections).put_object(Bucket=connections.repository, Key=f"{branch}/staged", Body=b"x")
+    proxy.plan(1, faults.arrive_late(), times=1000)
+    commit = lake.commit_staged(branch, "m", {})
+    assert scene.direct.head(branch) == commit and scene.direct.commit_info(commit).parents == (scene.direct.head("start"),)
 
 
 def test_a_read_goes_on_where_the_connection_broke(scene: Scene, lake: Lake, proxy: Proxy, connections: Connections) -> None:

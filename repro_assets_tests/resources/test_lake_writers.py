@@ -31,7 +31,7 @@ def files(writer: int, turn: int) -> dict[str, bytes]:
 
 
 def loose(writer: int, turn: int) -> dict[str, bytes]:
-    """The worst case: no path in common, which lakeFS would merge into a mixture without a word."""
+    """The worst case, under a prefix that was empty: no path in common, which lakeFS merges into a mixture without a word."""
     return {f"only-{writer}": f"{writer} {turn}".encode()}
 
 
@@ -52,7 +52,7 @@ def main() -> None:
         commits = [
             lake.write(BRANCH, f"own-{writer}", own, message="own", metadata=metadata).commit,
             lake.write(BRANCH, "same", same, message="same", metadata=metadata).commit,
-            lake.write_all(BRANCH, [Placement("loose", mixed)], message="loose", metadata=metadata).commit,
+            lake.write_all(BRANCH, [Placement(f"loose-{turn}", mixed)], message="loose", metadata=metadata).commit,
         ]
         print(json.dumps(commits), flush=True)
 
@@ -106,9 +106,9 @@ def test_two_processes_on_one_snapshot_lose_nothing_and_mix_nothing(connections:
             mine = placed(f"own-{number}", {"document.json": f"{number} {turn}".encode()})
             assert digests(lake, own, f"own-{number}/") == mine
             assert digests(lake, same, "same/") == placed("same", files(number, turn))
-            assert digests(lake, only, "loose/") == placed("loose", loose(number, turn))
+            assert digests(lake, only, f"loose-{turn}/") == placed(f"loose-{turn}", loose(number, turn))
             assert mine.items() <= head.items(), f"round {turn}: writer {number} lost its asset"
-        for prefix, made in (("same", files), ("loose", loose)):
+        for prefix, made in (("same", files), (f"loose-{turn}", loose)):
             held = {path: digest for path, digest in head.items() if path.startswith(f"{prefix}/")}
             assert held in [placed(prefix, made(number, turn)) for number in (0, 1)], f"round {turn}: {prefix} is a mixture: {held}"
     assert transactions(lake) == []

@@ -1,9 +1,9 @@
 """Keys by role and the trust file: made once, kept private, believed only as configuration says. The checks themselves are in trust/."""
 
 import json
-import multiprocessing
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -103,25 +103,20 @@ def test_a_key_that_others_can_read_is_not_used(tmp_path: Path) -> None:
     assert quiet(tmp_path).signer("builder")
 
 
-def _make(home: str, role: str, start: "multiprocessing.synchronize.Event", out: "multiprocessing.Queue[str]") -> None:
-    start.wait(30)
-    out.put(quiet(Path(home)).signer(role).public_key.keyid)
-
-
-def test_processes_that_start_at_once_agree_on_the_keys(tmp_path: Path) -> None:
-    """Two runs on a fresh machine: each must find trusted what the other has signed."""
-    spawn = multiprocessing.get_context("spawn")
-    start, out = spawn.Event(), spawn.Queue()
-    workers = [spawn.Process(target=_make, args=(str(tmp_path), role, start, out)) for role in ("builder", "builder", "memo")]
-    for worker in workers:
-        worker.start()
-    start.set()
-    ids = {out.get(timeout=60) for _ in workers}
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-    assert ids == set(quiet(tmp_path).trust.keys)
-    assert len(ids) == 2
+def test_whoever_comes_second_takes_the_key_that_the_first_one_made(tmp_path: Path) -> None:
+    """Two runs on a fresh machine: each must find trusted what the other has signed. flock holds between processes and threads alike."""
+    first, second = quiet(tmp_path), quiet(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        with first._lock():
+            late = pool.submit(lambda: second.signer("builder").public_key.keyid)
+            with pytest.raises(TimeoutError):
+                late.result(timeout=0.5)
+            assert not (tmp_path / "keys" / "builder.pem").exists()
+            made = CryptoSigner.generate_ed25519()
+            (tmp_path / "keys" / "builder.pem").write_bytes(made.private_bytes)
+            (tmp_path / "keys" / "builder.pem").chmod(0o600)
+        assert late.result(timeout=30) == made.public_key.keyid
+    assert accepted(first, "builder") == made.public_key.keyid
 
 
 # --- configured keys and trust ------------------------------------------------------------------------------------------------------

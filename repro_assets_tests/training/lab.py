@@ -81,12 +81,20 @@ class Lab:
         self.signer = CryptoSigner.generate_ed25519()
         self.trust = Trust(1, dict([signing.public_key(self.signer, ("builder",), name="the builder")]))
         self.base = {name: self.store.put_bytes(data) for name, data in llama().items()}
-        self.leaves = [self._leaf(seed, split, records) for seed, split, records in ((1, "train", 150), (2, "train", 90), (3, "validation", 40))]
+        self.leaves = [
+            self._leaf(seed, split, records) for seed, split, records in ((1, "train", 150), (2, "train", 90), (3, "validation", 40))
+        ]
 
     def _leaf(self, seed: int, split: str, records: int) -> dict[str, Any]:
         made = leaf(seed, records)
         stored = self.store.put_bytes(leaves.store_form(made))
-        return {"sha256": leaves.identity(made), "stored": builtins(stored), "split": split, "records": records, "tokens": sum(map(len, made.ids))}
+        return {
+            "sha256": leaves.identity(made),
+            "stored": builtins(stored),
+            "split": split,
+            "records": records,
+            "tokens": sum(map(len, made.ids)),
+        }
 
     def bundle(self, section: TrainingSection, signer: CryptoSigner | None = None, base: Mapping[str, Blob] | None = None) -> Blob:
         subjects = {f"leaves/{item['split']}/{item['sha256']}": item["sha256"] for item in self.leaves}
@@ -118,7 +126,7 @@ class Lab:
 
     def flip(self, digest: str, at: int = -20) -> bytes:
         """Flip one bit of a stored blob; returns what it was."""
-        path = self.store._path(digest)  # noqa: SLF001  a test damages what no program may
+        path = self.store._path(digest)
         before = path.read_bytes()
         changed = bytearray(before)
         changed[at] ^= 1
@@ -126,7 +134,7 @@ class Lab:
         return before
 
     def mend(self, digest: str, data: bytes) -> None:
-        self.store._path(digest).write_bytes(data)  # noqa: SLF001
+        self.store._path(digest).write_bytes(data)
 
 
 def builtins(blob: Blob) -> dict[str, Any]:
@@ -160,7 +168,9 @@ def free_port() -> int:
 NODE = Path(__file__).with_name("node.py")
 
 
-def start(lab: Lab, scenarios: list[dict[str, Any]], ranks: int = 1, environment: Mapping[str, str] | None = None) -> list[subprocess.Popen[str]]:
+def start(
+    lab: Lab, scenarios: list[dict[str, Any]], ranks: int = 1, environment: Mapping[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
     """Start `ranks` processes that run `scenarios` one after the other. A scenario: name, job, and faults that node.py knows."""
     plan = lab.root / f"plan-{scenarios[0]['name']}-{ranks}.json"
     plan.write_bytes(msgspec.json.encode({"store": str(lab.store.root), "root": str(lab.root), "scenarios": scenarios}))
@@ -173,12 +183,16 @@ def start(lab: Lab, scenarios: list[dict[str, Any]], ranks: int = 1, environment
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
         processes.append(
-            subprocess.Popen([sys.executable, str(NODE), str(plan)], env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            subprocess.Popen(
+                [sys.executable, str(NODE), str(plan)], env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
         )
     return processes
 
 
-def finish(lab: Lab, scenarios: list[dict[str, Any]], processes: list[subprocess.Popen[str]], timeout: float = 200) -> dict[str, dict[str, Any]]:
+def finish(
+    lab: Lab, scenarios: list[dict[str, Any]], processes: list[subprocess.Popen[str]], timeout: float = 200
+) -> dict[str, dict[str, Any]]:
     """Wait for the ranks; outcomes of rank 0 by scenario. Raises AssertionError with the ranks' output when one ended badly."""
     texts = []
     try:
@@ -194,7 +208,9 @@ def finish(lab: Lab, scenarios: list[dict[str, Any]], processes: list[subprocess
     return {item["name"]: outcome(lab, item["name"]) for item in scenarios}
 
 
-def run(lab: Lab, scenarios: list[dict[str, Any]], ranks: int = 1, environment: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+def run(
+    lab: Lab, scenarios: list[dict[str, Any]], ranks: int = 1, environment: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
     return finish(lab, scenarios, start(lab, scenarios, ranks, environment))
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from repro_assets.training import loop, program  # noqa: E402
-from repro_assets.training.batches import Batch  # noqa: E402
-from repro_assets.trust.blob import FolderStore  # noqa: E402
-from repro_assets_tests.training.lab import FolderEvents  # noqa: E402
+from repro_assets.training import loop, program
+from repro_assets.training.batches import Batch
+from repro_assets.trust.blob import FolderStore
+from repro_assets_tests.training import checks
+from repro_assets_tests.training.lab import FolderEvents
 
 RANK = int(os.environ.get("RANK", "0"))
 FORWARD = loop.Trainer.loss_sum
@@ -27,12 +28,20 @@ def with_faults(scenario: dict[str, Any]) -> None:
     def loss_sum(trainer: loop.Trainer, batch: Batch) -> Any:
         number = trainer.progress.step + 1
         fault = scenario.get("fault")
-        if fault and trainer.network.training and number == fault["at"] and RANK == fault.get("rank", 0) and not scenario.get("done"):
+        if fault and trainer.network.training and number == fault["at"] and fault.get("rank", 0) == RANK and not scenario.get("done"):
             scenario["done"] = True
             os.kill(os.getpid(), getattr(signal, fault["signal"]))
         return FORWARD(trainer, batch)
 
     loop.Trainer.loss_sum = loss_sum  # type: ignore[method-assign]
+
+
+def flip(store: FolderStore, digest: str) -> tuple[Path, bytes]:
+    """Flip one bit of a stored blob; where it is and what it was."""
+    path = store._path(digest)
+    before = path.read_bytes()
+    path.write_bytes(bytes([*before[:-20], before[-20] ^ 1, *before[-19:]]))
+    return path, before
 
 
 def main() -> None:
@@ -42,12 +51,20 @@ def main() -> None:
     for scenario in plan["scenarios"]:
         with_faults(scenario)
         events = FolderEvents(root / "jobs" / scenario.get("key", scenario["name"]), writes=RANK == 0)
+        store = FolderStore(Path(plan["store"]))
+        damaged = {digest: flip(store, digest) for digest in scenario.get("flip", [])}
         try:
-            outcome = program.run(scenario["job"], FolderStore(Path(plan["store"])), events)
-        except Exception as error:  # noqa: BLE001  the test reads what was refused and why
+            if "check" in scenario:
+                outcome = checks.run(scenario["check"], scenario["job"], store, **scenario.get("arguments", {}))
+            else:
+                outcome = program.run(scenario["job"], store, events)
+        except Exception as error:
             if not scenario.get("refused"):
                 raise
             outcome = {"status": "refused", "error": type(error).__name__, "message": str(error)}
+        finally:
+            for path, data in damaged.values():
+                path.write_bytes(data)
         (root / "outcomes" / f"{scenario['name']}-{RANK}.json").write_text(json.dumps(outcome))
 
 

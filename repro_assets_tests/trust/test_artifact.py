@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from repro_assets.trust.artifact import ArtifactRefused, check, check_config, check_folder, check_names, clean_config
+from repro_assets.trust.artifact import ArtifactRefused, check, check_config, check_folder, clean_config
 from repro_assets.trust.canonical import canonical, sha256
 
 BASE = f"sha256:{sha256(b'base')}"
@@ -60,7 +60,8 @@ def test_a_real_adapter_passes_in_memory_and_in_a_folder(tmp_path: Path) -> None
 
 def test_what_peft_writes_is_released_clean_and_loads_again(tmp_path: Path) -> None:
     """PEFT writes some forty keys and a set in the order of its hashes; what is released is the few that say something, always alike."""
-    peft = pytest.importorskip("peft", reason="PEFT is not importable here", exc_type=ImportError)
+    import peft
+
     written = []
     for order in (["q_proj", "k_proj"], ["k_proj", "q_proj"]):
         folder = tmp_path / "-".join(order)
@@ -167,25 +168,21 @@ def test_a_configuration_written_in_another_form_is_refused(data: bytes, said: s
         check_config(data)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.bin", "training_args.bin", "optimizer.pt", "rng_state.PTH", "x.pkl", "model.ckpt"])
+def test_a_pickle_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ArtifactRefused, match="a pickle runs code when it is loaded"):
+        check({**adapter(), name: b"x"})
+
+
 @pytest.mark.parametrize(
     "name",
-    ["adapter_model.bin", "training_args.bin", "optimizer.pt", "rng_state.PTH", "x.pkl", "model.ckpt"]
-    + [
-        "modeling_evil.py",
-        "sub/adapter.safetensors",
-        "../adapter.safetensors",
-        ".hidden.safetensors",
-        "/abs.safetensors",
-        "a\n.safetensors",
-        ".git",
-        "config.json",
-    ],
+    ["modeling_evil.py", "config.json", ".git", "sub/adapter.safetensors", "../adapter.safetensors", ".hidden.safetensors"]
+    + ["/abs.safetensors", "a\n.safetensors", "adapter.safetensors\n"],
 )
 def test_any_file_outside_the_list_is_refused_by_name(name: str) -> None:
-    """A pickle runs code when it is loaded; a file that no signature names must not travel along."""
-    with pytest.raises(ArtifactRefused, match="not a file of a released adapter|a pickle runs code"):
+    """A file that no signature names must not travel along."""
+    with pytest.raises(ArtifactRefused, match="not a file of a released adapter"):
         check({**adapter(), name: b"x"})
-    assert check_names(adapter()) is None
 
 
 def test_weights_and_configuration_must_be_there() -> None:

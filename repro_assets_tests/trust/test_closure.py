@@ -24,7 +24,7 @@ STAGE: Files = {
     "{p}/__init__.py": "",
     "{p}/stage.py": "import json\nimport {p}.direct\nfrom {p}.sub import leaf, NAME\nfrom . import sibling\nfrom .sub.deep import thing\n\ndef f():\n    from {p} import late\n",
     "{p}/direct.py": "",
-    "{p}/sibling.py": "from .declared import X\n",
+    "{p}/sibling.py": "from .declared import X\nfrom . import declared\n",
     "{p}/late.py": "def g():\n    import importlib\n    return importlib.import_module('{p}.named')\n",
     "{p}/named.py": "",
     "{p}/declared.py": "from {p} import behind\nX = 1\n",
@@ -128,8 +128,8 @@ def test_neither_the_place_on_disk_nor_line_ends_nor_a_zip_matter(package: Make,
     )
     assert look() == there()
     with ZipFile(tmp_path / "moved.zip", "w") as archive:
-        for path in sorted(look.root.rglob("*.py")):
-            archive.write(path, path.relative_to(look.root))
+        for path in sorted(there.root.rglob("*.py")):
+            archive.write(path, path.relative_to(there.root))
     look.root.rename(tmp_path / "gone")
     look.root.write_bytes((tmp_path / "moved.zip").read_bytes())
     assert look() == there()

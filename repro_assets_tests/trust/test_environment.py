@@ -81,7 +81,16 @@ def test_an_image_is_recorded_by_digest(said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", ["trainer", "trainer:1.2", "registry:5000/trainer:latest", "trainer@sha256:abc", "trainer:1@sha512:" + "a" * 64]
+    "said",
+    [
+        "trainer",
+        "trainer:1.2",
+        "registry:5000/trainer:latest",
+        "trainer@sha256:abc",
+        "trainer:1@sha512:" + "a" * 64,
+        "sha256:" + "a" * 65,
+        "a b@sha256:" + "a" * 64,
+    ],
 )
 def test_an_image_named_by_tag_is_refused(said: str) -> None:
     """S0.25: a tag can be moved to other bytes."""

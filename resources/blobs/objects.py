@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from botocore.exceptions import ClientError
-
-from resources.blobs.s3 import code_of, make_client, status_of, typed_errors
+from resources.blobs.s3 import make_client, store_once, typed_errors
 from resources.errors import NotFound
 
 if TYPE_CHECKING:
@@ -28,16 +26,11 @@ class Objects:
 
         An attempt whose answer was lost counts as somebody else's: compare what is there before acting on False.
         """
-        options = {"IfNoneMatch": "*"} if if_absent else {}
+        where = {"Bucket": self.bucket, "Key": key, "Body": data}
         with typed_errors(self._client, f"write s3://{self.bucket}/{key}"):
-            try:
-                self._client.put_object(Bucket=self.bucket, Key=key, Body=data, **options)
-            except ClientError as error:
-                if if_absent and status_of(error) == 412:
-                    return False
-                if if_absent and code_of(error) == "ConditionalRequestConflict":  # AWS: another put of this key is under way
-                    return not self.exists(key) and self.put(key, data, if_absent=True)
-                raise
+            if if_absent:
+                return store_once(lambda: self._client.put_object(**where, IfNoneMatch="*"), lambda: self.exists(key))
+            self._client.put_object(**where)
         return True
 
     def get(self, key: str) -> bytes:

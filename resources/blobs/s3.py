@@ -1,7 +1,7 @@
 """How S3 is spoken to: one client with timeouts and retries, and its failures as typed errors. What is stored is in the modules beside."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 from urllib.parse import urlsplit
@@ -109,6 +109,26 @@ def _typed(client: Any, what: str, error: ClientError) -> Exception:
     return Refused(f"{failed}; the same request will fail again")
 
 
+def store_once(send: Callable[[], Any], there: Callable[[], bool]) -> bool:
+    """Make a conditional (If-None-Match) request; False when the object is there already and was left alone.
+
+    True or False may both follow a lost answer: what counts is that exactly one object stays.
+    """
+    for wait in (0.1, 0.4, 1.6, None):
+        try:
+            send()
+            return True
+        except ClientError as error:
+            if status_of(error) == 412:
+                return False
+            if code_of(error) != "ConditionalRequestConflict" or wait is None:
+                raise
+        time.sleep(wait)  # AWS: another conditional request for this key is under way
+        if there():
+            return False
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
 class Body:
     """The bytes of one object in order; a dropped connection is taken up again at the byte where it broke."""
 
@@ -131,10 +151,10 @@ class Body:
             try:
                 data = self._stream.read(size)
             except BROKEN_BODY as error:
-                self._faults += 1
-                if self._faults > RESUMES:
+                if self._faults == RESUMES:
                     raise unavailable(self._client, f"send s3://{self._bucket}/{self._key} beyond byte {self._offset}", error) from error
                 time.sleep(0.1 * 2**self._faults)
+                self._faults += 1
                 with typed_errors(self._client, f"go on with s3://{self._bucket}/{self._key}"):
                     self._stream = self._start()["Body"]
                 continue

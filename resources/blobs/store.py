@@ -9,8 +9,8 @@ import errno
 import hashlib
 import io
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,12 +18,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, TypeVar, cast
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from repro_assets.trust.blob import HEX, Blob, BlobDamaged, BlobMissing
 from repro_assets.trust.canonical import sha256
 from resources.blobs.cache import Cache, Part
-from resources.blobs.s3 import BROKEN_BODY, CHUNK, RESUMES, Body, code_of, make_client, status_of, typed_errors, unavailable
+from resources.blobs.s3 import BROKEN_BODY, CHUNK, RESUMES, Body, make_client, status_of, store_once, typed_errors, unavailable
 from resources.errors import DiskFull, NotFound
 
 if TYPE_CHECKING:
@@ -108,32 +108,33 @@ class Blobs:
         return blob.size >= LOOK_FIRST and self.exists(blob.sha256)
 
     def _put_whole(self, blob: Blob, body: bytes | BinaryIO) -> None:
+        # The server compares: damage on the way, or a file that changed after it was hashed, is refused.
+        checksum = base64.b64encode(bytes.fromhex(blob.sha256)).decode()
+        where = {"Bucket": self.bucket, "Key": key_of(blob.sha256), "IfNoneMatch": "*", "ChecksumSHA256": checksum}
+
+        def send() -> None:
+            if not isinstance(body, bytes):
+                body.seek(0)
+            self._client.put_object(**where, Body=body)
+
         with typed_errors(self._client, f"store blob {blob.sha256}"):
-            self._unless_there(
-                lambda: self._client.put_object(
-                    Bucket=self.bucket,
-                    Key=key_of(blob.sha256),
-                    Body=body,
-                    IfNoneMatch="*",
-                    # The server compares: damage on the way, or a file that changed after it was hashed, is refused.
-                    ChecksumSHA256=base64.b64encode(bytes.fromhex(blob.sha256)).decode(),
-                ),
-                blob,
-            )
+            store_once(send, lambda: self.exists(blob.sha256))
 
     def _put_parts(self, blob: Blob, file: BinaryIO, name: str) -> None:
         where = {"Bucket": self.bucket, "Key": key_of(blob.sha256)}
         with typed_errors(self._client, f"store blob {blob.sha256} in parts"):
             upload = {**where, "UploadId": self._client.create_multipart_upload(**where, ChecksumAlgorithm="SHA256")["UploadId"]}
+            completed = False
             try:
                 parts = self._send_parts(upload, blob, file, name)
-                self._unless_there(
-                    lambda: self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"), blob
+                completed = store_once(
+                    lambda: self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"),
+                    lambda: self.exists(blob.sha256),
                 )
             finally:
-                # After a complete there is nothing to abort; after anything else the parts would be paid for without being seen.
-                with contextlib.suppress(Exception):
-                    self._client.abort_multipart_upload(**upload)
+                if not completed:  # parts of an open upload are paid for without being seen
+                    with contextlib.suppress(ClientError, BotoCoreError):
+                        self._client.abort_multipart_upload(**upload)
 
     def _send_parts(self, upload: dict[str, str], blob: Blob, file: BinaryIO, name: str) -> list[dict[str, Any]]:
         whole = hashlib.sha256()
@@ -157,20 +158,6 @@ class Blobs:
             raise OSError(f"{name} changed while it was stored (SHA-256 {blob.sha256} before, {whole.hexdigest()} now): put it again")
         return parts
 
-    def _unless_there(self, send: Callable[[], Any], blob: Blob) -> None:
-        for wait in (0.1, 0.4, 1.6, None):
-            try:
-                send()
-                return
-            except ClientError as error:
-                if status_of(error) == 412:
-                    return  # somebody stored it first, or our own attempt did and its answer was lost
-                if code_of(error) != "ConditionalRequestConflict" or wait is None:
-                    raise
-                time.sleep(wait)  # AWS: another put of the same key is under way
-                if self.exists(blob.sha256):
-                    return
-
     # ---- get
 
     def get_bytes(self, digest: str) -> bytes:
@@ -191,13 +178,10 @@ class Blobs:
     def get_file(self, digest: str, path: Path) -> None:
         """Write the blob to `path`: verified, then renamed into place. DiskFull leaves nothing behind."""
         path = Path(path)
-        scratch: Path | None = None
+        scratch = path.with_name(f".{digest[:16]}-{secrets.token_hex(6)}.part")
         try:
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".part")
-            scratch = Path(name)
-            with os.fdopen(handle, "wb") as file, self.open(digest) as blob:
+            with self.open(digest) as blob, scratch.open("xb") as file:
                 shutil.copyfileobj(blob, file, CHUNK)
-            os.chmod(scratch, 0o666 & ~_umask())  # mkstemp's 0600 is for secrets
             os.replace(scratch, path)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -207,8 +191,7 @@ class Blobs:
                 f"no space left for blob {digest} at {path}: {free:,} bytes are free in {path.parent}; free some, or choose another folder"
             ) from error
         finally:
-            if scratch is not None:
-                scratch.unlink(missing_ok=True)
+            scratch.unlink(missing_ok=True)
 
     def get_many(self, digests: Iterable[str]) -> Iterator[bytes]:
         """Concurrent get with a bounded look-ahead; yields in the order of `digests`."""
@@ -235,7 +218,7 @@ class Blobs:
             try:
                 self._client.head_object(Bucket=self.bucket, Key=key_of(digest))
             except ClientError as error:
-                if status_of(error) == 404 and code_of(error) != "NoSuchBucket":
+                if status_of(error) == 404:
                     return False
                 raise
         return True
@@ -251,8 +234,9 @@ class Blobs:
         try:
             with typed_errors(self._client, f"send blob {digest}"):
                 for attempt in range(RESUMES + 1):
+                    body = self._client.get_object(Bucket=self.bucket, Key=key)["Body"]
                     try:
-                        data: bytes = self._client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+                        data: bytes = body.read()
                         return data
                     except BROKEN_BODY as error:  # boto3 repeats a request, never a body that broke off
                         if attempt == RESUMES:
@@ -341,9 +325,3 @@ def ordered(function: Callable[[Item], Result], items: Iterable[Item], *, thread
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

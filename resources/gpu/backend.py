@@ -22,7 +22,7 @@ class State(Enum):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """`detail`: for people, such as who holds the device. `submission` names one process start; `started`: seconds since 1970, 0 if never."""
+    """`detail`: for people, as who holds the device. `submission` names a process start, at `started` (seconds since 1970, 0 if never)."""
 
     state: State
     detail: str = ""
@@ -41,8 +41,11 @@ class Backend(Protocol):
 
     def poll(self, key: str) -> Status: ...
 
-    def cancel(self, key: str, grace: float) -> None:
-        """Ends every process of the job: TERM, up to `grace` seconds, KILL. Returns when nothing is left; fine when nothing was there."""
+    def cancel(self, key: str, grace: float, submission: str = "") -> None:
+        """Ends every process of the job: TERM, up to `grace` seconds, KILL. Returns when nothing is left; fine when nothing was there.
+
+        With `submission` only if the job was not started again since.
+        """
         ...
 
     def tail(self, key: str, lines: int = 40) -> str:

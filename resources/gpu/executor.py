@@ -214,9 +214,11 @@ class Executor:
     def _let_exit(self, run: _Run) -> None:
         """Gives a process whose outcome is written the time to end by itself; then nothing of the job is left."""
         until = time.monotonic() + SECONDS_TO_EXIT
-        while self.backend.poll(run.key).state is State.RUNNING and time.monotonic() < until:
+        while (status := self.backend.poll(run.key)).state is State.RUNNING and time.monotonic() < until:
+            if run.status.submission and status.submission != run.status.submission:
+                return  # another orchestrator has started the job again already
             time.sleep(min(0.2, self.interval))
-        self.backend.cancel(run.key, 0)
+        self.backend.cancel(run.key, 0, run.status.submission)
 
     def _is_late(self, run: _Run) -> bool:
         limit, started = run.job.time_limit, run.status.started

@@ -62,7 +62,7 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """How a job ended. `status`: succeeded, preempted, failed or cancelled; `reason` is one line. The program gives `result` and `observed`.
+    """How a job ended. `status`: succeeded, preempted, failed or cancelled; `reason`: one line; the program gives `result` and `observed`.
 
     `submission` names the process start that wrote it. The rest is filled in by the executor: `starts` counts process starts that this
     call saw, `waiting_seconds` is time before a device was free, `log` is where the whole log lies.

@@ -165,7 +165,9 @@ def gpu_names(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
         answer = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=30, check=True)
     except (subprocess.SubprocessError, OSError) as error:
         if Path("/dev/nvidia0").exists():  # never train on the CPU unasked because a driver is ill
-            raise LeaseError(f"{program} cannot list this machine's GPUs: {error}; repair the driver, or set REPRO_GPUS=none to use the CPU") from error
+            raise LeaseError(
+                f"{program} cannot list this machine's GPUs: {error}; repair the driver, or set REPRO_GPUS=none to use the CPU"
+            ) from error
         return ()  # the tool without a device, as in many container images
     return listed_gpus(answer.stdout)
 

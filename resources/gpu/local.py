@@ -82,11 +82,13 @@ class LocalBackend:
             return Status(State.GONE, submission=submission, started=at)
         return Status(State.RUNNING, f"process {started.pid}" if started else "starting", submission, at)
 
-    def cancel(self, key: str, grace: float) -> None:
+    def cancel(self, key: str, grace: float, submission: str = "") -> None:
         """Ends every process of the job; with torchrun the ranks get TERM, because torchrun gives them 30 s and no more."""
         with self._lock(key, "submit.lock"):
             folder = str(self._folder(key))
             started = self._state(key)
+            if submission and started and started.submission != submission:
+                return
             first = processes.leader(started.pid, started.created) if started and started.pid else None
             ranks = _children(first) if first and _is_torchrun(first) else []
             processes.end(lambda: processes.members(processes.FOLDER, folder), ranks or ([first] if first else []), grace)

@@ -64,7 +64,10 @@ def end(find: Callable[[], list[psutil.Process]], first: list[psutil.Process], g
     until = time.monotonic() + UNKILLABLE_SECONDS
     while left := find():
         if time.monotonic() > until:
-            raise StillRunning(f"processes {sorted(process.pid for process in left)} do not end on SIGKILL: look at the GPU driver or file system they wait for")
+            raise StillRunning(
+                f"processes {sorted(process.pid for process in left)} do not end on SIGKILL: "
+                "look at the GPU driver or file system that they wait for"
+            )
         for process in left:
             _signal(process.kill)
         time.sleep(0.05)

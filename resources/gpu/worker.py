@@ -125,7 +125,9 @@ def run(key: str, environ: Mapping[str, str], programs: Mapping[str, str] = PROG
         program = importlib.import_module(_module(job["purpose"], programs))
         outcome = program.run(job, Blobs.connect(connections), events)
         if outcome.get("status") not in EXIT:
-            raise RuntimeError(f"the {job['purpose']} program came back with status {outcome.get('status')!r}; it must be one of {sorted(EXIT)}")
+            raise RuntimeError(
+                f"the {job['purpose']} program came back with status {outcome.get('status')!r}; it must be one of {sorted(EXIT)}"
+            )
         agreed = True
     except Exception as error:  # noqa: BLE001  whatever a program raises is its outcome
         traceback.print_exc()
@@ -151,7 +153,9 @@ def _outcome_of(error: Exception) -> dict[str, Any]:
 
 def _module(purpose: str, programs: Mapping[str, str]) -> str:
     if purpose not in programs:
-        raise RuntimeError(f"no program for purpose {purpose!r}; this worker has {', '.join(programs)}: are node and orchestrator of one version?")
+        raise RuntimeError(
+            f"no program for purpose {purpose!r}; this worker has {', '.join(programs)}: are node and orchestrator of one version?"
+        )
     return programs[purpose]
 
 

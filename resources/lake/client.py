@@ -148,6 +148,8 @@ class Client:
                 return Denied(f"{failed}; a protected branch takes merges only (lake.write makes one), else ask for the permission")
             case 404:
                 return NotFound(f"{failed}; check the name and the repository, `repro status` prints what is used")
+            case 412 if message == "Precondition failed":
+                return Conflict(f"{failed}; somebody else changed it in between, read it and try again")
             case 409:
                 return Conflict(f"{failed}; look at what is there now, then choose another name or write again from the new head")
             case 410:

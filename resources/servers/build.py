@@ -136,8 +136,11 @@ def _compile(
         private = cache / f".go-{sources.name}"
         environment |= {"GOPATH": str(private / "path"), "GOCACHE": str(private / "build")}
         environment["GOFLAGS"] += " -modcacherw"
-    with tempfile.TemporaryDirectory(prefix="repro-build-") as folder:
+    # in the cache and not in /tmp, which is memory on many systems: the compiler's own scratch is about a gigabyte
+    with tempfile.TemporaryDirectory(prefix=f".build-{sources.name}-", dir=cache) as folder:
         module = Path(folder)
+        (module / "tmp").mkdir()
+        environment["GOTMPDIR"] = str(module / "tmp")
         for name in ("go.mod", "go.sum"):
             shutil.copyfile(sources / name, module / name)
         command = [go, "build", "-v", *FLAGS, "-ldflags", f"{LINK} -X {stamp}", "-o", str(target.absolute()), package]

@@ -123,7 +123,7 @@ def status(home: Path | str | None = None) -> list[ServerStatus]:
             ServerStatus(
                 name=name,
                 running=running,
-                healthy=running and port is not None and process.is_healthy(port, HEALTH[name]),
+                healthy=running and port is not None and process.is_healthy(port, HEALTH[name], timeout=5),
                 pid=known.pid if running and known else None,
                 endpoint=f"http://127.0.0.1:{port}" if port else None,
                 binary=known.binary if known else None,
@@ -167,6 +167,7 @@ def _start(layout: Layout, found: dict[str, Path], progress: Progress) -> None:
         stale = name == "lakefs" and known is not None and known.depends != ports["s3"]
         if known is not None and is_running(known):
             if not stale and process.is_healthy(known.port, HEALTH[name], timeout=HANG_SECONDS):
+                ports[name] = known.port
                 continue
             progress(f"{name}: process {known.pid} does not answer or has old settings, starting it again")
             process.stop(known, HANG_STOP_SECONDS)

@@ -13,9 +13,18 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import LAUNCH, left_over, probe
+from probing import LAUNCH, left_over, probe
 
-from resources.gpu import Event, Executor, Job, JobCancelled, JobFailed, LeaseError, State, job_key
+from resources.gpu import (
+    Event,
+    Executor,
+    Job,
+    JobCancelled,
+    JobFailed,
+    LeaseError,
+    State,
+    job_key,
+)
 from resources.settings import Connections
 
 
@@ -54,7 +63,7 @@ def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     def body() -> None:
         try:
             box.append(call())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  the test looks at what came
             box.append(error)
 
     thread = threading.Thread(target=body, daemon=True)
@@ -142,6 +151,7 @@ def test_a_detached_job_runs_on_and_the_next_call_takes_it_over(make_executor: C
 
 
 def test_a_killed_worker_is_started_again_and_goes_on_from_its_checkpoint(executor: Executor) -> None:
+    """The executor's half of S2.14 and S2.16: after a crash the same job goes on, under the same key, without a person."""
     watcher = Watcher()
     outcome = executor.run(probe("killed", steps=6, checkpoint_every=2, killed_at=6), watcher)
     assert outcome.observed == {"begin": 4} and outcome.result["steps"] == [5, 6]
@@ -158,6 +168,17 @@ def test_a_preempted_job_resumes_under_its_own_key(executor: Executor) -> None:
     assert outcome.attempt == 0 and outcome.starts == 2 and outcome.key == job_key(job)
     assert outcome.result["steps"][-1] == 12 and watcher.steps() == list(range(1, 13)), "no step is lost or done twice"
     assert "asked to stop" in watcher.of("restarted")[0].facts["detail"]
+
+
+def test_two_orchestrators_of_a_preempted_job_start_it_again_once(make_executor: Callable[..., Executor]) -> None:
+    job = probe("preempted-twice", steps=30, step_seconds=0.1)
+    watchers = [Watcher("step", lambda event: os.kill(watchers[0].of("started")[0].facts["pid"], signal.SIGTERM)), Watcher()]
+    running = [in_thread(lambda watcher=watcher: make_executor().run(job, watcher)) for watcher in watchers]
+    for thread, _ in running:
+        thread.join(60)
+    outcomes = [box[0] for _, box in running]
+    assert [outcome.status for outcome in outcomes] == ["succeeded", "succeeded"] and starts_in(outcomes[0].log) == 2
+    assert watchers[0].steps() == watchers[1].steps() == list(range(1, 31))
 
 
 def test_a_program_that_lost_its_storage_is_started_again_not_failed(executor: Executor) -> None:
@@ -255,7 +276,7 @@ def test_more_gpus_than_the_machine_has_are_refused_at_once(executor: Executor) 
 ORCHESTRATOR = """
 import sys
 sys.path.insert(0, {tests!r})
-from conftest import probe
+from probing import probe
 from resources.blobs import Objects
 from resources.gpu import Executor, Leases, LocalBackend
 from resources.settings import Connections
@@ -263,12 +284,15 @@ from pathlib import Path
 
 connections = Connections.from_environment()
 home = Path({home!r})
-executor = Executor(Objects.connect(connections), LocalBackend(home, Leases(home / "leases", (), 1), ({launch!r},)), connections.node_environment(), interval=0.1)
+backend = LocalBackend(home, Leases(home / "leases", (), 1), ({launch!r},))
+executor = Executor(Objects.connect(connections), backend, connections.node_environment(), interval=0.1)
 executor.run(probe("orphan", steps=40, step_seconds=0.1), lambda event: print(event.kind, flush=True))
 """
 
 
-def test_a_job_outlives_a_killed_orchestrator_and_is_found_again(make_executor: Callable[..., Executor], connections: Connections, home: Path) -> None:
+def test_a_job_outlives_a_killed_orchestrator_and_is_found_again(
+    make_executor: Callable[..., Executor], connections: Connections, home: Path
+) -> None:
     script = ORCHESTRATOR.format(tests=str(LAUNCH.parent), home=str(home), launch=str(LAUNCH))
     environment = {**os.environ, **connections.environment()}
     first = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, env=environment)
@@ -299,7 +323,9 @@ def test_a_start_whose_orchestrator_died_before_noting_the_process_is_not_repeat
 
     from resources.gpu.local import Started
 
-    state.write_bytes(msgspec.json.encode(msgspec.structs.replace(msgspec.json.decode(state.read_bytes(), type=Started), pid=0, created=0.0)))
+    state.write_bytes(
+        msgspec.json.encode(msgspec.structs.replace(msgspec.json.decode(state.read_bytes(), type=Started), pid=0, created=0.0))
+    )
     outcome = executor.run(job)
     assert outcome.result["steps"] == list(range(1, 31)) and starts_in(outcome.log) == 1
 

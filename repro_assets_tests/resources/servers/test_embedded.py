@@ -245,6 +245,8 @@ def test_a_server_that_hangs_is_started_again(home: Path, monkeypatch: pytest.Mo
     up(home)
     pid = read_state(Layout(home)).processes["lakefs"].pid
     os.kill(pid, signal.SIGSTOP)
+    while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
     assert [(item.name, item.healthy) for item in status(home)] == [("s3", True), ("lakefs", False)]
     up(home, LINES.append)
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
@@ -322,9 +324,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
     if mounted.returncode != 0:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    down(folder / ".repro")
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    try:
+        yield folder
+        down(folder / ".repro")
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_is_refused_before_anything_starts(small_disk: Path) -> None:

@@ -1,0 +1,151 @@
+"""Templates rendered as transformers renders them, with the spans of what the assistant says and of what the user wrote."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from repro_assets.data.errors import RenderingError
+from repro_assets.data.lines import Message
+from repro_assets.data.rendering import Renderer, find_template, literals, named_tokens
+from repro_assets_tests.data.material import CHATML, MARKED, SPECIAL, TEMPLATE, tokenizer_files
+
+NAMED = {"bos_token": "<s>", "eos_token": "<|end|>"}
+LLAMA = (
+    "{{- bos_token }}{% for message in messages %}{{- '<|' + message['role'] + '|>\n\n' + message['content'] | trim + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{- '<|assistant|>\n\n' }}{% endif %}"
+)
+MERGED = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}{% set loop_messages = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% set loop_messages = messages %}{% endif %}"
+    "{% for m in loop_messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}<|user|>{{ (system if loop.first else '') + m.content }}<|end|>{% else %}<|assistant|>{{ m.content }}<|end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+FORGETS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+ALL = {"plain": TEMPLATE, "chatml": CHATML, "marked": MARKED, "llama": LLAMA, "merged": MERGED}
+
+TEXT = st.text(st.sampled_from("ab \n<|>é{}%\ufdd0\u2028#")) | st.text(min_size=1)
+TURNS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3)
+
+
+def conversation(*turns: tuple[str, str]) -> list[Message]:
+    return [Message(text, role) for pair in turns for text, role in zip(pair, ("user", "assistant"), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def oracle(tokenizer_json: bytes) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer_json.decode()), bos_token="<s>", eos_token="<|end|>")
+
+
+@settings(max_examples=60)
+@given(turns=TURNS, name=st.sampled_from(sorted(ALL)), system=st.none() | TEXT)
+def test_text_and_spans_are_those_of_transformers(oracle: Any, turns: list[tuple[str, str]], name: str, system: str | None) -> None:
+    """S1.12: the text that is trained on is the text that is served."""
+    messages = ([Message(system, "system")] if system is not None else []) + conversation(*turns)
+    rendered = Renderer(ALL[name], NAMED, SPECIAL).render(messages)
+    plain = [{"role": message.role, "content": message.content} for message in messages]
+    assert rendered.text == oracle.apply_chat_template(plain, chat_template=ALL[name], tokenize=False)
+    said = [rendered.text[start:end] for start, end in rendered.trained]
+    assert said == [(text.strip() if "trim" in ALL[name] else text) + "<|end|>" for _user, text in turns]
+    written = [rendered.text[start:end] for start, end in rendered.contents]
+    assert sorted(written) == sorted(message.content.strip() if "trim" in ALL[name] else message.content for message in messages)
+
+
+def test_the_span_starts_after_the_generation_prompt_and_ends_with_the_end_mark() -> None:
+    rendered = Renderer(CHATML, NAMED, SPECIAL).render(conversation(("q1", "a1"), ("q2", "a2")))
+    assert rendered.text == "<|user|>\nq1<|end|>\n<|assistant|>\na1<|end|>\n<|user|>\nq2<|end|>\n<|assistant|>\na2<|end|>\n"
+    assert [rendered.text[start:end] for start, end in rendered.trained] == ["a1<|end|>", "a2<|end|>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_only_the_last_turn_is_trained_when_the_recipe_says_so(template: str) -> None:
+    rendered = Renderer(template, NAMED, SPECIAL).render(conversation(("q1", "same"), ("q2", "same")), last_only=True)
+    ((start, end),) = rendered.trained
+    assert rendered.text[start:end] == "same<|end|>" and rendered.text.index("q2") < start
+
+
+def test_a_conversation_that_ends_with_the_user_trains_the_turns_before() -> None:
+    for template in (CHATML, MARKED):
+        rendered = Renderer(template, NAMED, SPECIAL).render([*conversation(("q1", "a1")), Message("q2", "user")])
+        assert [rendered.text[start:end] for start, end in rendered.trained] == ["a1<|end|>"]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_instead_of_mislabelled() -> None:
+    renderer = Renderer(FORGETS, NAMED, SPECIAL)
+    assert renderer.render(conversation(("q", "<think>x</think>a"))).trained
+    with pytest.raises(RenderingError, match=r"message 1 of a conversation of user, assistant, user, assistant.*|changes the text"):
+        renderer.render(conversation(("q", "<think>x</think>a"), ("q", "a")))
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}{{ m.content | length }}{% endfor %}", "changes the text of messages"),
+        ("{% for m in messages %}{{ m.content | reverse }}{% endfor %}", "changes the text of messages"),
+        ("{% for m in messages if m.role != 'user' %}{{ m.content }}<|end|>{% endfor %}", "leaves out message 0"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "changes the text of messages"),
+        ("{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}", "write the date into it"),
+        (
+            "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}",
+            "enclose message 0, which is of the user",
+        ),
+        ("{{ raise_exception('only one turn') }}", "only one turn; mend the row"),
+        ("{{ messages.__class__ }}{{ messages.append(1) }}", "refuses a conversation"),
+    ],
+)
+def test_a_template_that_hides_who_said_what_is_refused(template: str, said: str) -> None:
+    with pytest.raises(RenderingError, match=said):
+        Renderer(template, NAMED, SPECIAL).render(conversation(("Hello", "World")))
+
+
+def test_a_template_with_a_fault_names_its_line() -> None:
+    with pytest.raises(RenderingError, match="line 2: .*chat_template.jinja"):
+        Renderer("{% for m in messages %}\n{% endif %}", NAMED)
+
+
+def test_a_record_that_holds_the_first_marks_is_rendered_with_others() -> None:
+    text = "\ufdd0\ufdd1\ufdd2 0 \ufdd3"
+    rendered = Renderer(TEMPLATE, NAMED, SPECIAL).render(conversation((text, "a")))
+    assert rendered.text == f"<|user|>{text}<|end|><|assistant|>a<|end|>"
+    everything = "".join(chr(code) for code in range(0xFDD0, 0xFDF0))
+    with pytest.raises(RenderingError, match="noncharacters"):
+        Renderer(TEMPLATE, NAMED, SPECIAL).render(conversation((everything, "a")))
+
+
+def test_the_template_is_found_where_transformers_looks_for_it(tokenizer_json: bytes) -> None:
+    files = tokenizer_files(tokenizer_json, "own")
+    assert find_template(files) == "own"
+    several = {"chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]}
+    assert find_template({"tokenizer_config.json": json.dumps(several).encode()}) == "D"
+    with pytest.raises(RenderingError, match=r"neither chat_template\.jinja nor"):
+        find_template({"tokenizer_config.json": b"{}"})
+    with pytest.raises(RenderingError, match=r"tokenizer_config\.json is not JSON"):
+        find_template({"tokenizer_config.json": b"{"})
+
+
+def test_named_tokens_come_as_text_however_they_are_written() -> None:
+    config = {
+        "bos_token": {"content": "<s>", "lstrip": False},
+        "eos_token": "</s>",
+        "pad_token": None,
+        "extra_special_tokens": {"image_token": "<img>"},
+    }
+    assert named_tokens({"tokenizer_config.json": json.dumps(config).encode()}) == {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "image_token": "<img>",
+    }
+
+
+def test_literals_are_the_text_that_the_template_itself_writes() -> None:
+    assert {"<|", "|>\n", "<|end|>\n", "<|assistant|>\n"} <= set(literals(CHATML).split("\0"))
+    assert "role" not in literals(TEMPLATE).split("\0")
