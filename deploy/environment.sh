@@ -4,35 +4,52 @@ set -eu
 cd "$(dirname "$0")/.."
 export UV_NO_CONFIG=1 UV_PYTHON_DOWNLOADS="${UV_PYTHON_DOWNLOADS:-never}"
 
+python=$(sh deploy/python.sh)
+minor=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 stamp=.venv/.lock
-wanted=$(cat deploy/requirements.lock pyproject.toml | cksum)
+wanted="$minor $(cat deploy/requirements.lock pyproject.toml | cksum)"
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && exit 0
 
-python=
-for name in ${PYTHON:-} python3 python3.11 python3.12 python3.13; do
-    if command -v "$name" >/dev/null 2>&1 && "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
-        python=$name
-        break
-    fi
-done
-[ -n "$python" ] || { echo "no Python 3.11, 3.12 or 3.13 in PATH: install one, or name it with PYTHON=/path/to/python3.11 make ..." >&2; exit 3; }
+say() { echo "environment: $*" >&2; }
+fail() {
+    say "$*"
+    exit 3
+}
 
 uv=$(command -v uv || true)
 if [ -z "$uv" ]; then
     tools="${XDG_CACHE_HOME:-$HOME/.cache}/repro-assets/uv-$(cksum <deploy/uv.txt | cut -d' ' -f1)"
     uv="$tools/bin/uv"
     if [ ! -x "$uv" ]; then
-        echo "environment: installing uv into $tools"
-        "$python" -m venv "$tools.new" || { echo "python's venv module does not work: on Debian install python3-venv" >&2; exit 3; }
-        "$tools.new/bin/pip" install --quiet --disable-pip-version-check --require-hashes -r deploy/uv.txt
-        rm -rf "$tools" && mv "$tools.new" "$tools"
+        say "installing uv into $tools"
+        new="$tools.$$"
+        "$python" -m venv "$new" || fail "$python has no working venv module: on Debian install python3-venv, or put uv in PATH"
+        "$new/bin/pip" install --quiet --disable-pip-version-check --require-hashes -r deploy/uv.txt ||
+            fail "pip could not fetch uv: check the network or the package index (PIP_INDEX_URL), or put uv in PATH"
+        rm -rf "$tools" && mv "$new" "$tools"
     fi
 fi
 
-echo "environment: .venv with $(grep -c '==' deploy/requirements.lock) locked packages (about 7 GB with PyTorch; a minute when they come from a cache)"
+total=$(grep -c '==' deploy/requirements.lock)
+say ".venv with Python $minor and up to $total locked packages (about 7 GB with PyTorch; a minute when they come from a cache)"
 rm -f "$stamp"
-"$uv" venv --quiet --allow-existing --python "$(command -v "$python")" .venv
-"$uv" pip sync --quiet --python .venv/bin/python --require-hashes deploy/requirements.lock
-"$uv" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable . ||
-    "$uv" pip install --quiet --python .venv/bin/python --no-deps --editable .
+kept=--allow-existing
+[ "$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$minor" ] || kept=--clear
+"$uv" venv --quiet $kept --python "$python" .venv || fail "uv could not make .venv with $python"
+touch .venv/.started
+
+# uv shows bars to terminals only, and lists every package afterwards: one line now and then tells more
+fetched="$("$uv" cache dir)/archive-v0"
+begun=$(date +%s)
+(while sleep 10 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
+    say "$(find "$fetched" -mindepth 1 -maxdepth 1 -newer .venv/.started 2>/dev/null | wc -l | tr -d ' ') packages fetched, $(($(date +%s) - begun)) s"
+done) &
+ticker=$!
+trap 'kill $ticker 2>/dev/null || true' EXIT
+
+"$uv" pip sync --quiet --python .venv/bin/python --require-hashes deploy/requirements.lock ||
+    fail "the locked packages could not be installed: check the network or the package index (UV_INDEX_URL), then repeat; what was fetched is kept"
+"$uv" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable . 2>/dev/null ||
+    "$uv" pip install --quiet --python .venv/bin/python --no-deps --editable . || fail "the project itself could not be installed"
 echo "$wanted" >"$stamp"
+say "ready after $(($(date +%s) - begun)) s"

@@ -250,7 +250,7 @@ def safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     at = 0
     for start, end, name in spans:
         dtype, shape = found[name]
-        if start != at or end < start or dtype in DTYPE_BITS and (end - start) * 8 != _elements(shape) * DTYPE_BITS[dtype]:
+        if start != at or end < start or (dtype in DTYPE_BITS and (end - start) * 8 != _elements(shape) * DTYPE_BITS[dtype]):
             raise BaseModelError(
                 f"{path}: tensor {name!r} ({dtype} {list(shape)}) lies at bytes {start} to {end}, which cannot be; download it again"
             )

@@ -86,9 +86,13 @@ def test_a_folder_becomes_blobs_and_facts(folder: Path, store: FolderStore) -> N
     assert model.model_files["model.safetensors"].sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert (model.architecture, model.parameters, model.vocabulary) == ("LlamaForCausalLM", 48 + 64 + 1, 6)
     assert model.template == hashlib.sha256(TEMPLATE.encode()).hexdigest()
-    assert model.source == {"kind": "folder"} and model.license == "Apache-2.0", "a path identifies nothing"
-    assert model.floor["transformers"] == ">=5.5" and model.floor["torch"] == ">=2.10"
-    assert facts["origin"] == str(folder) and facts["ignored"] == {} and facts["seconds"] >= 0
+    assert model.source == {"kind": "folder"}, "a path identifies nothing"
+    assert model.license == "Apache-2.0"
+    assert model.floor["transformers"] == ">=5.5"
+    assert model.floor["torch"] == ">=2.10"
+    assert facts["origin"] == str(folder)
+    assert facts["ignored"] == {}
+    assert facts["seconds"] >= 0
     assert "base model: config.json (0.0 MB)" in said
 
 
@@ -114,7 +118,8 @@ def test_restore_gives_the_files_back_verified(folder: Path, store: FolderStore,
 
 def test_template_and_special_tokens_come_from_the_small_files(folder: Path, store: FolderStore) -> None:
     small = small_files(taken(folder, store).model_files, store)
-    assert chat_template(small) == TEMPLATE and special_tokens(small) == {"pad": 3, "eos": 4}
+    assert chat_template(small) == TEMPLATE
+    assert special_tokens(small) == {"pad": 3, "eos": 4}
     assert "model.safetensors" not in small
 
 
@@ -175,7 +180,8 @@ def test_other_files_are_left_out_with_a_reason(folder: Path, store: FolderStore
         "onnx/": "folders are not taken",
         "pytorch_model.bin": "weights in a format that can run code are never read",
     }
-    assert not model.model_files.keys() & facts["ignored"].keys() and model.parameters == 113
+    assert not model.model_files.keys() & facts["ignored"].keys()
+    assert model.parameters == 113
 
 
 def test_shards_are_counted_through_their_index(folder: Path, store: FolderStore) -> None:
@@ -186,10 +192,10 @@ def test_shards_are_counted_through_their_index(folder: Path, store: FolderStore
     write_json(folder / "model.safetensors.index.json", {"weight_map": index})
     assert taken(folder, store).parameters == 112
     write_json(folder / "model.safetensors.index.json", {"weight_map": {**index, "gone": "model-00002-of-00002.safetensors"}})
-    with pytest.raises(BaseModelError, match="model-00002-of-00002.safetensors: tensor 'gone' is in only one of"):
+    with pytest.raises(BaseModelError, match=r"model-00002-of-00002\.safetensors: tensor 'gone' is in only one of"):
         taken(folder, store)
     write_json(folder / "model.safetensors.index.json", {"weight_map": {**index, "far": "model-00003-of-00003.safetensors"}})
-    with pytest.raises(BaseModelError, match="model-00003-of-00003.safetensors: missing, but model.safetensors.index.json names it"):
+    with pytest.raises(BaseModelError, match=r"model-00003-of-00003\.safetensors: missing, but model\.safetensors\.index\.json names it"):
         taken(folder, store)
 
 
@@ -407,14 +413,16 @@ def test_a_hub_commit_gives_what_the_same_folder_gives(hub: Hub, folder: Path, s
     assert fetched == set(local.model_files), "neither pickles nor a second copy of the weights are fetched"
     # What was fetched once is there without the network.
     offline = fetch("http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")
-    assert offline["model"] == found["model"] and "local cache" in offline["facts"]["origin"]
+    assert offline["model"] == found["model"]
+    assert "local cache" in offline["facts"]["origin"]
 
 
 def test_bytes_that_are_not_the_commits_are_found_and_named(hub: Hub, folder: Path, tmp_path: Path) -> None:
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     hub.lie["model.safetensors"] = bytes(weights)
-    assert "model.safetensors: its bytes (" in (error := fetch(hub.url, tmp_path)["error"]) and "are not those of the commit" in error
+    assert "model.safetensors: its bytes (" in (error := fetch(hub.url, tmp_path)["error"])
+    assert "are not those of the commit" in error
     hub.lie = {"chat_template.jinja": b"{{ tampered }}"}
     assert "chat_template.jinja: its bytes (" in fetch(hub.url, tmp_path / "again")["error"]
 
@@ -424,8 +432,10 @@ def test_what_keeps_a_hub_model_away_is_said_with_a_remedy(hub: Hub, folder: Pat
         "set HF_HUB_OFFLINE=0 for the command that fetches it once, or give `base_model.path`"
         in fetch(hub.url, tmp_path, HF_HUB_OFFLINE="1")["error"]
     )
-    assert "HTTP 404" in (error := fetch(hub.url, tmp_path, repo="org/none")["error"]) and "check `repo` and `revision`" in error
-    assert "cannot be fetched: " in (error := fetch("http://127.0.0.1:9", tmp_path)["error"]) and "HF_ENDPOINT" in error
+    assert "HTTP 404" in (error := fetch(hub.url, tmp_path, repo="org/none")["error"])
+    assert "check `repo` and `revision`" in error
+    assert "cannot be fetched: " in (error := fetch("http://127.0.0.1:9", tmp_path)["error"])
+    assert "HF_ENDPOINT" in error
     hub.sha = "f" * 40
     assert "answered for commit ffff" in fetch(hub.url, tmp_path)["error"]
     hub.sha = REVISION

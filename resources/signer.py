@@ -90,7 +90,7 @@ class Signer:
         exact = {key_id: entry for key_id, entry in entries.items() if entry.uri == uri} or entries
         if len(exact) != 1:
             raise KeyProblem(
-                f"{role} key {uri!r}: {len(exact)} public keys of this role fit it in {self.trust_file}; a key service does not hand out its "
+                f"{role} key {uri!r}: {len(exact)} public keys of this role fit it in {self.trust_file}; a service does not hand out its "
                 f'public half, so give one entry under `keys` the role {role} and `"uri": "{uri}"`'
             )
         ((key_id, entry),) = exact.items()

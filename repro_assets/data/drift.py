@@ -42,7 +42,7 @@ def js(now: Mapping[str, int], before: Mapping[str, int]) -> float:
 
 
 def p_value(now: Mapping[str, int], before: Mapping[str, int]) -> float:
-    """Chi-squared test that both counts come from one distribution. To print, never to gate on: with enough records any shift is significant."""
+    """Chi-squared test that both counts come from one distribution. To print, never to gate on: many records make any shift significant."""
     bins = _bins(now, before)
     if len(bins) < 2 or not sum(now.values()) or not sum(before.values()):
         return 1.0

@@ -171,11 +171,12 @@ def load(stored: bytes, expected: str) -> Leaf:
     try:
         batch = pa.ipc.open_stream(pa.BufferReader(stored)).read_next_batch()
         leaf = _from_batch(batch)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError, KeyError, ValueError, StopIteration) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
         raise LeafError(f"token leaf {expected}: the stored bytes are not one: {error}; materialize shards again") from error
     if (found := identity(leaf)) != expected:
         raise LeafError(
-            f"token leaf {expected}: the stored bytes hold the leaf {found}; they were changed: restore the blob, or materialize shards again"
+            f"token leaf {expected}: the stored bytes hold the leaf {found}; they were changed: "
+            "restore the blob, or materialize shards again"
         )
     return leaf
 

@@ -214,7 +214,7 @@ def _read_parquet(path: str, stream: BinaryIO, source: Source, row_limit: int) -
 
 
 def _parquet_rows(path: str, stream: BinaryIO, source: Source, only: set[int] | None) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
-    """(row number, row group, row in the group, values) of every row, or of the row groups in `only`; columns that are mapped, no others."""
+    """(row number, row group, row in the group, values) of every row, or of the row groups in `only`; only columns that are mapped."""
     import pyarrow
     import pyarrow.parquet
 
@@ -364,7 +364,7 @@ def _kind(value: Any) -> str:
 def again(
     path: str, format: str, open_file: Callable[[], BinaryIO], source: Source, places: Iterable[tuple[int, int, int]]
 ) -> Iterator[Row | Bad]:
-    """The rows at `places` (line, offset, length as an index holds them), in the order of their lines. Raises SourceError as `read` does."""
+    """The rows at `places` (line, offset, length as an index holds them), in the order of lines. Raises SourceError as `read` does."""
     wanted = sorted(places)
     if format == "parquet":
         rows = {(group, at): line for line, group, at in wanted}

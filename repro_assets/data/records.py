@@ -309,7 +309,8 @@ def _limit(tally: _Tally, section: RecordsSection) -> None:
     shown = "\n".join(f"  {aside.file}:{aside.line}: {aside.reason}: {aside.detail}" for aside in tally.bad[:10])
     more = f"\n  and {bad - 10} more" if bad > 10 else ""
     raise QuarantineError(
-        f"{bad} of {read} rows are bad ({bad / read:.2%}), more than records.quarantine_limit ({section.quarantine_limit:.2%}):\n{shown}{more}\n"
+        f"{bad} of {read} rows are bad ({bad / read:.2%}), more than records.quarantine_limit ({section.quarantine_limit:.2%}):\n"
+        f"{shown}{more}\n"
         "Mend the rows and import again, map the right fields in records.sources, or raise records.quarantine_limit"
     )
 

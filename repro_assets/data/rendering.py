@@ -26,7 +26,7 @@ Span = tuple[int, int]
 
 
 class Rendered(msgspec.Struct, frozen=True):
-    """`contents`: spans of characters that come from messages, in text order. `trained`: spans that the assistant says, end mark included."""
+    """`contents`: spans of characters that come from messages, in text order. `trained`: spans of the assistant, end mark included."""
 
     text: str
     contents: tuple[Span, ...]
@@ -86,12 +86,8 @@ def find_template(files: Mapping[str, bytes]) -> str:
 def named_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
     """The special tokens that a template may name (`bos_token`, `eos_token`, ...), from tokenizer_config.json."""
     config = _config(files)
-    extra = (
-        {name: value for name, value in (config.get("extra_special_tokens") or {}).items()}
-        if isinstance(config.get("extra_special_tokens"), dict)
-        else {}
-    )
-    found = {**{name: config.get(name) for name in NAMED}, **extra}
+    extra = config.get("extra_special_tokens")
+    found = {**{name: config.get(name) for name in NAMED}, **(extra if isinstance(extra, dict) else {})}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
     return {name: value for name, value in texts.items() if isinstance(value, str)}
 
@@ -168,7 +164,8 @@ class Renderer:
                     raise RenderingError(f"the chat template leaves out message {lost[0]} of {_roles(turns)}: its text would be lost")
                 return found[1], found[2]
         raise RenderingError(
-            f"the chat template changes the text of messages in {_roles(turns)}: what is the user's and what is the template's cannot be told apart"
+            f"the chat template changes the text of messages in {_roles(turns)}: what is the user's and what is the template's "
+            "cannot be told apart; mend the template"
         )
 
     def _unused(self, turns: list[dict[str, str]]) -> list[str]:
@@ -199,8 +196,8 @@ class Renderer:
             until = text if number + 1 == len(turns) else self._run(turns[: number + 1])
             if not (text.startswith(until) and until.startswith(before) and len(before) <= contents[number][0]):
                 raise RenderingError(
-                    f"the chat template writes message {number} of {_roles(turns)} differently when more follows, so its span cannot be found by prefixes; "
-                    "put {% generation %} ... {% endgeneration %} around the assistant's text in the template"
+                    f"the chat template writes message {number} of {_roles(turns)} differently when more follows, so its span cannot be "
+                    "found by prefixes; put {% generation %} ... {% endgeneration %} around the assistant's text in the template"
                 )
             # The turn ends with its end mark; the white space that templates write after it is never generated.
             mark = self._controls.search(text, contents[number][1], len(until))

@@ -161,7 +161,8 @@ class _Known:
         token, tokens = held
         if leaves.token_digest(tokens.ids, tokens.spans) != token:
             raise LeafError(
-                f"record {record.id}: its token digest in the previous shards does not fit its ids; materialize shards with the tag repro/no-memo"
+                f"record {record.id}: its token digest in the previous shards does not fit its ids; "
+                "materialize shards with the run tag repro/no-memo"
             )
         return tokens
 

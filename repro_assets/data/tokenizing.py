@@ -35,7 +35,8 @@ PROBES = ("a b", " a", "\n\nx", "é1")
 
 
 class Tokens(msgspec.Struct, frozen=True):
-    """Of one record: `ids` uint32 (n,) (uint16 when taken from a leaf), `spans` uint32 (k, 2) of token positions that are trained, and how many tokens were cut off."""
+    """Of one record: `ids` uint32 (n,), or uint16 when taken from a leaf; `spans` uint32 (k, 2) of trained token positions; `cut`: tokens
+    beyond max_tokens."""
 
     ids: NDArray[Any]
     spans: NDArray[np.uint32]
@@ -113,8 +114,8 @@ class Codec:
         """Ids of a text in which a message holds a control token's characters: only those of the template count."""
         if not self._escapes:
             raise RenderingError(
-                f"record {record.id}: a message holds the characters of a control token, and this tokenizer cannot encode them as plain text; "
-                "mend the row, or take it out of the raw data"
+                f"record {record.id}: a message holds the characters of a control token, and this tokenizer cannot encode them as "
+                "plain text; mend the row, or take it out of the raw data"
             )
         ids: list[int] = []
         starts: list[int] = []
@@ -172,7 +173,8 @@ def load(store: BlobStore, model: BaseModel) -> Codec:
     codec = Codec(files)
     if codec.highest >= model.vocabulary:
         raise TokenizerError(
-            f"tokenizer.json has the id {codec.highest}, the model's embedding only {model.vocabulary} rows: tokenizer and weights are not of one model"
+            f"tokenizer.json has the id {codec.highest}, the model's embedding only {model.vocabulary} rows: "
+            "tokenizer and weights are not of one model; use the files of one model"
         )
     return codec
 

@@ -275,9 +275,9 @@ def corpus(documents: int) -> Iterator[list[dict[str, str]]]:
     """The base model's corpus: `documents` conversations (lists of messages) of the help desk, in order.
 
     Tickets with a reply in free text (35 %) or a short note of the desk (35 %), tickets alone (15 %), lines of the handbook (15 %).
-    It teaches what tickets are about and how notes look. It has the words of the answers, also at the head of the assistant's turn
-    where the answers will stand, but never an answer and no evaluation item: a first token that the base model never saw in that
-    place keeps the fine-tuning loss near 3.7 on it.
+    It has the words of the answers and, in the notes, the two keys where the answers will have them, but never an answer and no
+    evaluation item. Both matter: a first token that the base model never saw in that place keeps the fine-tuning loss near 3.7 on
+    it, and keys that the base model knows from handbook pages alone never learn to look at the ticket within one epoch.
     """
     _, held_out = _suites()
     shares = {name: intent.share for name, intent in INTENTS.items()}
@@ -305,13 +305,13 @@ def _reply(ticket: Ticket) -> str:
 
 
 def _note(draws: Draws, ticket: Ticket) -> str:
-    """Two facts in the form of the later answers, in other words than theirs."""
-    first, second = draws.choice(("note", "topic", "about")), draws.choice(("pace", "answer", "when"))
+    """Two facts in the form of the later answers, but in the ticket's words instead of a desk's name and a priority."""
+    first, second = draws.choice(("route", "topic", "about")), draws.choice(("priority", "answer", "when"))
     return f"{first}: {INTENTS[ticket.intent].topic} | {second}: {PRIORITIES[ticket.priority].pace}"
 
 
 def _handbook(draws: Draws) -> list[dict[str, str]]:
-    """A line of the handbook as a user's or, after a question, as the assistant's turn."""
+    """A line of the handbook, as a turn of its own."""
     words = (*ROUTES, *PRIORITIES)
     topics = ("route", "priority", "desk", "ticket")
     topic, other, word = draws.choice(topics), draws.choice(topics), draws.choice(words)
@@ -327,6 +327,4 @@ def _handbook(draws: Draws) -> list[dict[str, str]]:
             f"see page {first} for the route: {word} is explained there | see page {second} for the priority",
         )
     )
-    if draws.percent(50):
-        return [{"role": "user", "content": line}]
-    return [{"role": "user", "content": f"what does the handbook say about {topic}"}, {"role": "assistant", "content": line}]
+    return [{"role": "user", "content": line}]

@@ -83,9 +83,9 @@ def table(verdicts: Sequence[GateVerdict]) -> str:
     for verdict in sorted(verdicts, key=lambda v: (order[v.verdict], v.difference)):
         where = "overall" if verdict.label == "overall" else f"{verdict.label} = {verdict.value}"
         lines.append(
-            f"| {escape(verdict.gate)} | {escape(where)} | {verdict.level} | {escape(verdict.verdict)} | {verdict.items} | {verdict.baseline:.3f} | "
-            f"{verdict.candidate:.3f} | {verdict.difference:+.3f} ({verdict.low:+.3f} to {verdict.high:+.3f}) | {verdict.margin:.3f} | "
-            f"{verdict.detectable:.3f} | {verdict.p_value:.2g} |"
+            f"| {escape(verdict.gate)} | {escape(where)} | {verdict.level} | {escape(verdict.verdict)} | {verdict.items} | "
+            f"{verdict.baseline:.3f} | {verdict.candidate:.3f} | {verdict.difference:+.3f} "
+            f"({verdict.low:+.3f} to {verdict.high:+.3f}) | {verdict.margin:.3f} | {verdict.detectable:.3f} | {verdict.p_value:.2g} |"
         )
     return "\n".join(lines)
 
@@ -107,7 +107,10 @@ def _item(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _markdown(content: Mapping[str, Any], verdicts: Sequence[GateVerdict]) -> str:
     lines = [f"## Decision: {escape(content['decision'])}", "", *(f"- {reason}" for reason in content["reasons"]), "", table(verdicts), ""]
-    lines += [f"{content['flipped_total']} items flipped, {content['lost_total']} of them lost; the worst {min(20, len(content['flipped']))}:", ""]
+    lines += [
+        f"{content['flipped_total']} items flipped, {content['lost_total']} of them lost; the worst {min(20, len(content['flipped']))}:",
+        "",
+    ]
     lines += ["| item | slices | target | baseline | candidate |", "|---|---|---|---|---|"]
     for row in content["flipped"][:20]:
         slices = ", ".join(f"{label} {value}" for label, value in row["slices"].items())

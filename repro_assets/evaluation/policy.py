@@ -77,7 +77,9 @@ def check_power(section: GatesSection, suites: EvalSuites) -> None:
     wrong: list[str] = []
     weak: list[str] = []
     names = [gate.name for gate in section.gates]
-    wrong += [f"gate {name!r}: the name is used twice; give every gate its own" for name in sorted({n for n in names if names.count(n) > 1})]
+    wrong += [
+        f"gate {name!r}: the name is used twice; give every gate its own" for name in sorted({n for n in names if names.count(n) > 1})
+    ]
     for row in _rows(section, suites):
         gate, label = row.gate, row.gate.label
         if problem := _unusable(row):
@@ -198,9 +200,10 @@ def _unusable(row: _Row) -> str | None:
         return f"the label {OVERALL} has the one value {ALL!r}; leave `values` out"
     if gate.label != OVERALL and row.value not in suite.labels[gate.label]:
         return f"no item of suite {gate.suite} has {gate.label}={row.value!r}; known: {', '.join(sorted(suite.labels[gate.label]))}"
-    for name in ("margin", "alpha"):
-        if not 0 < getattr(gate, name) < 1:
-            return f"{name} {getattr(gate, name)!r} is not a share between 0 and 1"
+    if not 0 < gate.margin < 1:
+        return f"margin {gate.margin!r} is not a share between 0 and 1"
+    if not 0 < gate.alpha < 0.5:
+        return f"alpha {gate.alpha!r} is not an error rate between 0 and 0.5"
     if gate.minimum is not None and not 0 <= gate.minimum <= 1:
         return f"minimum {gate.minimum!r} is not a share between 0 and 1"
     return None
@@ -231,12 +234,12 @@ def _draft(row: _Row, table: list[Sample]) -> _Draft:
         missing.append(f"{items} items cannot resolve the margin {gate.margin:g}, {need} are needed")
     differences = [sample.difference for sample in chosen]
     estimate = statistics.paired_difference(differences, clusters, gate.alpha)
-    if estimate.clusters < (need := statistics.clusters_needed(gate.margin, gate.alpha)):
-        missing.append(f"{estimate.clusters} clusters cannot show the margin {gate.margin:g}, {need} are needed")
+    if estimate.clusters < 2 or statistics.least_reach(estimate.items, estimate.clusters, gate.alpha) >= gate.margin:
+        missing.append(f"{items} items in {estimate.clusters} clusters cannot show the margin {gate.margin:g} even if none differs")
     shown, p_value, notes = statistics.non_inferior(estimate, gate.margin), statistics.worse_p_value(differences, clusters), []
     if gate.minimum is not None:
         right = sum(sample.candidate for sample in chosen)
-        low, high = statistics.wilson(right, len(chosen), gate.alpha)
+        low, high = statistics.wilson(right, len(chosen), 2 * gate.alpha)
         shown = shown and low >= gate.minimum
         p_value = min(1.0, 2 * min(p_value, statistics.below_p_value(right, len(chosen), gate.minimum)))
         notes.append(f"candidate's share {low:.3f} to {high:.3f} against the minimum {gate.minimum:g}")
@@ -270,7 +273,7 @@ def _verdict(row: _Row, draft: _Draft) -> GateVerdict:
         low=round(estimate.low, DIGITS) + 0.0 if estimate else -1.0,
         high=round(estimate.high, DIGITS) + 0.0 if estimate else 1.0,
         margin=gate.margin,
-        detectable=round(statistics.detectable(items, gate.alpha), DIGITS) if 0 < gate.alpha < 1 else 1.0,
+        detectable=round(statistics.detectable(items, gate.alpha), DIGITS) if 0 < gate.alpha < 0.5 else 1.0,
         p_value=round(draft.p_value, DIGITS),
         detail="; ".join((*draft.missing, *draft.notes)),
     )
@@ -291,8 +294,8 @@ def _outcome(gates: GatesSection, verdicts: tuple[GateVerdict, ...]) -> tuple[st
         where = "" if verdict.label == OVERALL else f" on {verdict.label}={verdict.value}"
         tail = "" if hard else "; a reviewer's key must sign before this is promoted"
         reasons.append(
-            f"{verdict.level} gate {verdict.gate}{where}: {verdict.verdict}, {verdict.difference:+.3f} ({verdict.low:+.3f} to {verdict.high:+.3f}) "
-            f"against a margin of {verdict.margin:g}; {verdict.detail}{tail}"
+            f"{verdict.level} gate {verdict.gate}{where}: {verdict.verdict}, {verdict.difference:+.3f} "
+            f"({verdict.low:+.3f} to {verdict.high:+.3f}) against a margin of {verdict.margin:g}; {verdict.detail}{tail}"
         )
     if hard_regressed:
         return gates.on_regressed, tuple(reasons)

@@ -15,8 +15,10 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-# read by Hugging Face's libraries when they are imported
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+# read by libraries when they are imported; progress goes through the job's events instead of bars
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1"
+)
 
 from repro_assets.documents import Score, SuiteScore
 from repro_assets.evaluation import suites as suite_files
@@ -131,7 +133,10 @@ def _load_suite(suite: SuiteJob, store: BlobStore) -> Loaded:
     data = dict(zip(suite.files, store.get_many(blob.sha256 for blob in suite.files.values()), strict=True))
     loaded = suite_files.load(data, suite.labels, suite.cluster, None, f"suite {suite.name}")
     if sorted(suite.tasks) != sorted(loaded.tasks):
-        raise JobError(f"job.json: suite {suite.name} lists the tasks {sorted(suite.tasks)}, its files hold {sorted(loaded.tasks)}; materialize eval_suites again")
+        raise JobError(
+            f"job.json: suite {suite.name} lists the tasks {sorted(suite.tasks)}, its files hold {sorted(loaded.tasks)}; "
+            "materialize eval_suites again"
+        )
     return loaded
 
 
@@ -150,13 +155,13 @@ def _fetch_adapter(name: str, files: Mapping[str, Blob], base: str, store: BlobS
         raise JobError(f"{name}: {len(weights)} safetensors files; an adapter has one, adapter_model.safetensors")
     said = str(config["base_model_name_or_path"])
     if said.startswith("sha256:") and said != f"sha256:{base}":
-        raise JobError(f"{name}: the adapter was trained on base model {said}, this job loads sha256:{base}; score it on its own base model")
+        raise JobError(
+            f"{name}: the adapter was trained on base model {said}, this job loads sha256:{base}; score it on its own base model"
+        )
     return _Adapter(config, data[weights[0]])
 
 
-def _load_model(
-    job: Job, adapters: Mapping[str, _Adapter], store: BlobStore, folder: Path, dtype: Any, device: Any
-) -> tuple[Any, Any]:
+def _load_model(job: Job, adapters: Mapping[str, _Adapter], store: BlobStore, folder: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
     """The quantised base with every adapter attached, in eval mode, and its tokenizer."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer
@@ -197,9 +202,14 @@ def _restore(model: Any, name: str, weights: bytes) -> None:
     have = get_peft_model_state_dict(model, adapter_name=name)
     for key in sorted(have.keys() | tensors.keys()):
         if key not in tensors or key not in have:
-            raise JobError(f"{name}: adapter tensor {key!r} is {'missing' if key not in tensors else 'unknown to this base model'}; train it on this base")
+            raise JobError(
+                f"{name}: adapter tensor {key!r} is {'missing' if key not in tensors else 'unknown to this base model'}; "
+                "train it on this base"
+            )
         if have[key].shape != tensors[key].shape:
-            raise JobError(f"{name}: adapter tensor {key!r} has shape {tuple(tensors[key].shape)}, this base model needs {tuple(have[key].shape)}")
+            raise JobError(
+                f"{name}: adapter tensor {key!r} has shape {tuple(tensors[key].shape)}, this base model needs {tuple(have[key].shape)}"
+            )
     set_peft_model_state_dict(model, tensors, adapter_name=name)
     loaded = get_peft_model_state_dict(model, adapter_name=name)
     for key, tensor in tensors.items():
@@ -257,7 +267,13 @@ def _progress(events: Events, total: int) -> Callable[[int], None]:
             last = now
             # a ranked item is one row a choice, so rows can outnumber items
             step = min(done, total)
-            events.emit("step", step=step, steps=total, items_per_second=round(done / (now - begun), 1), eta_seconds=round((total - step) * (now - begun) / done, 1))
+            events.emit(
+                "step",
+                step=step,
+                steps=total,
+                items_per_second=round(done / (now - begun), 1),
+                eta_seconds=round((total - step) * (now - begun) / done, 1),
+            )
 
     return advance
 

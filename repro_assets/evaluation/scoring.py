@@ -4,13 +4,9 @@ Jobs, adapters and the table of both models are `program.py`; what a task may sa
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-# lm-eval shows a bar for every batch of every task; progress goes through the job's events instead
-os.environ.setdefault("TQDM_DISABLE", "1")
 
 import datasets
 import lm_eval.utils
@@ -91,8 +87,8 @@ class Scorer(HFLM):
         for (context, _), prompt, choice in requests:
             if len(prompt) + len(choice) > self.max_length + 1:
                 raise ScoringError(
-                    f"a prompt and its choice have {len(prompt) + len(choice)} tokens, the model reads {self.max_length}; lm-eval would cut "
-                    f"them. Shorten the item. It begins: {context[:80]!r}"
+                    f"a prompt and its choice have {len(prompt) + len(choice)} tokens, the model reads {self.max_length}; lm-eval would "
+                    f"cut them. Shorten the item. It begins: {context[:80]!r}"
                 )
         return super()._loglikelihood_tokens(requests, *args, **{**kwargs, "disable_tqdm": True})
 

@@ -13,6 +13,9 @@ from scipy import stats
 #: for the planning table: 438 items resolve 5 points, 110 resolve 10 (one-sided 5 %, power 80 %).
 PAIRED_SD = 0.4208
 
+#: Correlation inside a cluster that is assumed where the items themselves cannot show one (they do not vary).
+CLUSTER_CORRELATION = 0.1
+
 
 class Estimate(msgspec.Struct, frozen=True):
     """A mean with the two one-sided bounds at `alpha` each. `clusters` is the number of independent draws; `standard_error` may be 0."""
@@ -43,8 +46,8 @@ def paired_difference(differences: Sequence[float], clusters: Sequence[Hashable]
     Variance is CR1 (equal to an intercept-only least squares with clustered covariance), quantile Student's t with G-1 degrees of
     freedom for G clusters. `low` and `high` are one-sided 1-`alpha` bounds, clipped to -1..1.
 
-    Items that do not vary carry no variance to estimate an error from, yet G equal draws still do not prove the next one. So each bound
-    lies at least 1 - alpha**(1/G) from the mean: the exact (Clopper-Pearson) bound on a rate of which G draws showed no case.
+    Items that do not vary carry no variance to estimate an error from, yet n equal draws still do not prove the next one: each bound
+    lies at least `least_reach` from the mean. A single cluster is a single draw and excludes nothing.
     """
     n = len(differences)
     if n == 0:
@@ -53,14 +56,22 @@ def paired_difference(differences: Sequence[float], clusters: Sequence[Hashable]
     mean = math.fsum(differences) / n
     sums = cluster_sums([value - mean for value in differences], clusters)
     count = len(sums)
-    floor = 1 - alpha ** (1 / count)
     error = math.sqrt(count / (count - 1) * math.fsum(value * value for value in sums)) / n if count > 1 else 0.0
     # differences that are all equal leave rounding of the mean behind, not variance
     if min(differences) == max(differences):
         error = 0.0
-    # one cluster is one draw: it excludes nothing
-    reach = max(float(stats.t.ppf(1 - alpha, count - 1)) * error, floor) if count > 1 else 2.0
+    reach = max(float(stats.t.ppf(1 - alpha, count - 1)) * error, least_reach(n, count, alpha)) if count > 1 else 2.0
     return Estimate(mean, max(-1.0, mean - reach), min(1.0, mean + reach), error, n, count)
+
+
+def least_reach(items: int, clusters: int, alpha: float = 0.05) -> float:
+    """Distance from the mean within which even items that never differ exclude nothing.
+
+    The exact (Clopper-Pearson) bound on a rate of which n draws showed no case, 1 - alpha**(1/n), about 3/n at 5 %. Items in clusters count
+    as n / (1 + (n/G - 1) * CLUSTER_CORRELATION) draws, the usual design effect.
+    """
+    draws = items / (1 + (items / clusters - 1) * CLUSTER_CORRELATION)
+    return 1 - _share("alpha", alpha) ** (1 / draws)
 
 
 def worse_p_value(differences: Sequence[float], clusters: Sequence[Hashable] | None = None) -> float:
@@ -96,9 +107,9 @@ def mcnemar(worse: int, better: int, alternative: str = "two-sided") -> float:
 
 
 def wilson(successes: int, trials: int, alpha: float = 0.05) -> tuple[float, float]:
-    """One-sided 1-`alpha` Wilson score bounds (low, high) of a rate."""
+    """Wilson score interval (low, high) of a rate, 1-`alpha` two-sided."""
     _counts(successes, trials)
-    z = float(stats.norm.ppf(1 - _share("alpha", alpha)))
+    z = float(stats.norm.ppf(1 - _share("alpha", alpha) / 2))
     rate = successes / trials
     centre = rate + z * z / (2 * trials)
     spread = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
@@ -110,11 +121,11 @@ def wilson(successes: int, trials: int, alpha: float = 0.05) -> tuple[float, flo
 
 
 def clopper_pearson(successes: int, trials: int, alpha: float = 0.05) -> tuple[float, float]:
-    """One-sided 1-`alpha` exact bounds (low, high) of a rate; with no success in n trials `high` is the rule of three."""
+    """Exact interval (low, high) of a rate, 1-`alpha` two-sided."""
     _counts(successes, trials)
-    _share("alpha", alpha)
-    low = 0.0 if successes == 0 else float(stats.beta.ppf(alpha, successes, trials - successes + 1))
-    high = 1.0 if successes == trials else float(stats.beta.ppf(1 - alpha, successes + 1, trials - successes))
+    tail = _share("alpha", alpha) / 2
+    low = 0.0 if successes == 0 else float(stats.beta.ppf(tail, successes, trials - successes + 1))
+    high = 1.0 if successes == trials else float(stats.beta.ppf(1 - tail, successes + 1, trials - successes))
     return low, high
 
 
@@ -138,16 +149,6 @@ def items_needed(margin: float, alpha: float = 0.05, power: float = 0.8, sd: flo
 def detectable(items: int, alpha: float = 0.05, power: float = 0.8, sd: float = PAIRED_SD) -> float:
     """Smallest margin that `items` resolve with `power`; at most 1, and 1 without items."""
     return min(1.0, _reach(alpha, power) * sd / math.sqrt(items)) if items > 0 else 1.0
-
-
-def clusters_needed(margin: float, alpha: float = 0.05) -> int:
-    """Independent draws below which no data can show non-inferiority at `margin`: the floor of `paired_difference` exceeds it."""
-    _share("margin", margin)
-    _share("alpha", alpha)
-    count = max(1, math.ceil(math.log(alpha) / math.log1p(-margin)))
-    while 1 - alpha ** (1 / count) >= margin:
-        count += 1
-    return count
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -50,9 +50,7 @@ class Loaded(msgspec.Struct, frozen=True):
     rows: dict[str, tuple[dict[str, Any], ...]]
 
 
-def intake(
-    sources: Sequence[SuiteSource], folder_of: Callable[[str], Path], store: BlobStore
-) -> tuple[EvalSuites, SharedObserved]:
+def intake(sources: Sequence[SuiteSource], folder_of: Callable[[str], Path], store: BlobStore) -> tuple[EvalSuites, SharedObserved]:
     """Read and check every suite folder, store its files and the items' prompts.
 
     `folder_of` turns a recipe's path into a folder. The prompts blob is JSONL, one canonical {"item", "suite", "text"} a line in the order
@@ -167,7 +165,9 @@ def load(files: Mapping[str, bytes], labels: Sequence[str], cluster: str | None,
     """
     for label in labels:
         if not LABEL.fullmatch(label) or label in RESERVED:
-            raise SuiteError(f"{where}: the label {label!r} cannot be used; labels are item fields of letters, digits and `_`, not `id` or `overall`")
+            raise SuiteError(
+                f"{where}: the label {label!r} cannot be used; labels are item fields of letters, digits and `_`, not `id` or `overall`"
+            )
     tasks: dict[str, Task] = {}
     for name, data in sorted(files.items()):
         check_name(name, where)
@@ -260,7 +260,14 @@ def _rows(name: str, data: bytes, where: str) -> Iterator[dict[str, Any]]:
 
 
 def _item(
-    name: str, line: int, row: dict[str, Any], labels: Sequence[str], cluster: str | None, prompt: str | None, seen: dict[str, str], where: str
+    name: str,
+    line: int,
+    row: dict[str, Any],
+    labels: Sequence[str],
+    cluster: str | None,
+    prompt: str | None,
+    seen: dict[str, str],
+    where: str,
 ) -> Item:
     path = f"{where}/{name}:{line}"
 
@@ -292,5 +299,6 @@ def _check_fields(task: Task, rows: Sequence[dict[str, Any]], where: str) -> Non
         for field, kind in kinds.items():
             if type(row[field]) is not kind:
                 raise SuiteError(
-                    f"{where}/{task.items}:{number}: {field!r} is a {type(row[field]).__name__}, in line 1 it is a {kind.__name__}; give it one type"
+                    f"{where}/{task.items}:{number}: {field!r} is a {type(row[field]).__name__}, in line 1 it is a "
+                    f"{kind.__name__}; give it one type"
                 )

@@ -122,7 +122,9 @@ def _mapping(config: dict[str, Any], key: str, known: set[str]) -> dict[str, Any
 
 def _data(config: dict[str, Any], folder: str, files: Sequence[str]) -> tuple[str, str | None]:
     if config["dataset_path"] != "json":
-        raise TaskError("dataset_path", f"`dataset_path` is {config['dataset_path']!r}; a suite's data lies beside its YAML: use `json` and JSONL files")
+        raise TaskError(
+            "dataset_path", f"`dataset_path` is {config['dataset_path']!r}; a suite's data lies beside its YAML: use `json` and JSONL files"
+        )
     named = _mapping(config, "dataset_kwargs", {"data_files"}).get("data_files")
     if not isinstance(named, dict) or not named:
         raise TaskError("dataset_kwargs", "`dataset_kwargs.data_files` maps a split to a JSONL file, for example {test: items.jsonl}")
@@ -143,7 +145,9 @@ def _data(config: dict[str, Any], folder: str, files: Sequence[str]) -> tuple[st
     if type(number) is not int or number < 0:
         raise TaskError("num_fewshot", f"`num_fewshot` is {number!r}; it is a count")
     if number and not shots:
-        raise TaskError("num_fewshot", "few-shot examples need a `fewshot_split` of their own; drawn from the test items they would give answers away")
+        raise TaskError(
+            "num_fewshot", "few-shot examples need a `fewshot_split` of their own; drawn from the test items they would give answers away"
+        )
     if shots and found[shots] == found[split]:
         raise TaskError("fewshot_split", "few-shot examples and test items are the same file, which gives answers away; use another file")
     sampler = _mapping(config, "fewshot_config", {"sampler"}).get("sampler", "default")
@@ -157,7 +161,9 @@ def _texts(config: dict[str, Any]) -> None:
         if key in config and not isinstance(config[key], str):
             raise TaskError(key, f"`{key}` is {config[key]!r}; it is a text or template")
     if type(config["doc_to_target"]) not in (str, int):
-        raise TaskError("doc_to_target", f"`doc_to_target` is {config['doc_to_target']!r}; it is a field, a template or a number of a choice")
+        raise TaskError(
+            "doc_to_target", f"`doc_to_target` is {config['doc_to_target']!r}; it is a field, a template or a number of a choice"
+        )
     choice = config.get("doc_to_choice", "")
     listed = list(choice.values()) if isinstance(choice, dict) else choice
     if not isinstance(listed, str) and not (isinstance(listed, list) and listed and all(isinstance(one, str) and one for one in listed)):
@@ -167,7 +173,10 @@ def _texts(config: dict[str, Any]) -> None:
 def _generation(config: dict[str, Any]) -> None:
     options = _mapping(config, "generation_kwargs", GENERATION)
     if options.get("do_sample", False) is not False or options.get("temperature", 0) not in (0, 0.0):
-        raise TaskError("generation_kwargs", "answers are decoded greedily: `do_sample: false` and no temperature; sampled answers depend on their neighbours")
+        raise TaskError(
+            "generation_kwargs",
+            "answers are decoded greedily: `do_sample: false` and no temperature; sampled answers depend on their neighbours",
+        )
     if type(options.get("max_gen_toks")) is not int or options["max_gen_toks"] < 1:
         raise TaskError("generation_kwargs", "`generation_kwargs.max_gen_toks` is needed: the longest answer in tokens")
     until = options.get("until")
@@ -198,7 +207,9 @@ def _metric(config: dict[str, Any], kind: str) -> str:
     if unknown := sorted(set(options) - METRIC_OPTIONS):
         raise TaskError("metric_list", f"`{unknown[0]}` is not allowed in a metric; known: {', '.join(sorted(METRIC_OPTIONS))}")
     if options.get("metric") not in METRICS[kind]:
-        raise TaskError("metric_list", f"metric {options.get('metric')!r} does not give 0 or 1 an item of {kind}; use {', '.join(METRICS[kind])}")
+        raise TaskError(
+            "metric_list", f"metric {options.get('metric')!r} does not give 0 or 1 an item of {kind}; use {', '.join(METRICS[kind])}"
+        )
     if options.get("aggregation", "mean") != "mean" or options.get("higher_is_better", True) is not True:
         raise TaskError("metric_list", "gates compare means where higher is better: `aggregation: mean`, `higher_is_better: true`")
     return str(options["metric"])

@@ -115,7 +115,8 @@ class Course:
         for corpus in (self.epochs[0].corpus, self.validation.corpus):
             if len(corpus.ids) and int(corpus.ids.max()) >= vocabulary:
                 raise TrainingError(
-                    f"leaves: token id {int(corpus.ids.max())}, the base model has {vocabulary} tokens; materialize shards again with this model's tokenizer"
+                    f"leaves: token id {int(corpus.ids.max())}, the base model has {vocabulary} tokens; "
+                    "materialize shards again with this model's tokenizer"
                 )
 
     def step(self, number: int) -> Step:

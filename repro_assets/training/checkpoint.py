@@ -55,7 +55,7 @@ class Past(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A complete checkpoint. `ledger`: segments in order. `regular`: due by the recipe, not by a preemption. `past`: regular ones before."""
+    """A complete checkpoint. `ledger`: segments in order. `regular`: due by the recipe, not by a preemption. `past`: regular ones."""
 
     kind: str = "checkpoint"
     schema: int = 1
@@ -151,7 +151,9 @@ class Writer:
         self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise TrainingError(f"checkpoint: it could not be written: {error}; the last complete one stays valid") from error
+            # as it is: the worker tells a store that is away from a training that is wrong by the error's type
+            error.add_note("while a checkpoint was written; the last complete one stays valid")
+            raise error
         assert self._saved is not None
         saved, self._saved = self._saved, None
         self.continue_from(saved)

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from repro_assets.recipe import TrainingSection
 from repro_assets.training import checkpoint, determinism, ledger, model
 from repro_assets.training.batches import IGNORED, Batch, Course, Step
-from repro_assets.training.exchange import OrderedSum, World, shared_values
+from repro_assets.training.exchange import OrderedSum, World, any_rank, shared_values
 from repro_assets.training.job import TrainingError
 from repro_assets.training.preemption import Preemption
 from repro_assets.training.schedule import learning_rate
@@ -188,12 +188,22 @@ class Trainer:
         units = [indices[start : start + width] for start in range(0, len(indices), width)]
         sums = torch.zeros(len(units), dtype=torch.float64)
         self.network.eval()
-        with torch.no_grad():
-            for unit in range(self.world.rank, len(units), self.world.size):
-                if any(held_out.trained[index] for index in units[unit]):
-                    sums[unit] = self.loss_sum(held_out.batch(units[unit])).item()
-        self.network.train()
+        try:
+            with torch.no_grad():
+                for first in range(0, len(units), self.world.size):
+                    self._stop_if_asked()
+                    unit = first + self.world.rank
+                    if unit < len(units) and any(held_out.trained[index] for index in units[unit]):
+                        sums[unit] = self.loss_sum(held_out.batch(units[unit])).item()
+        finally:
+            self.network.train()
         return sum(shared_values(self.world, sums).tolist()) / trained
+
+    def _stop_if_asked(self) -> None:
+        """A validation can take longer than an engine's grace: stop in it, saved; the resumed run does it from its start."""
+        if any_rank(self.world, self.preemption.requested):
+            self.save(regular=False)
+            raise Stopped
 
     # --- the course -------------------------------------------------------------------------------------------------------------
 

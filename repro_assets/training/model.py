@@ -5,6 +5,7 @@ Any safetensors model that AutoModelForCausalLM knows by itself; code from a mod
 
 import hashlib
 import inspect
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -45,8 +46,12 @@ def fetch(store: BlobStore, files: Mapping[str, Blob], folder: Path) -> None:
 def load_base(folder: Path, section: TrainingSection, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     """The frozen base model on `device`, its linear layers in NF4 where the section says so."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # its advice on import is to install what `determinism.prepare` forbids
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging as their_logging
 
+    their_logging.disable_progress_bar()
     quantization = None
     if section.quantization == "nf4":
         quantization = BitsAndBytesConfig(

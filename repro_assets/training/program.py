@@ -3,6 +3,7 @@
 Needs a blob store and the job's events, nothing else. The step loop is `loop.py`.
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from repro_assets.training.exchange import World
 from repro_assets.training.job import Events, Job, TrainingError, parse
 from repro_assets.training.preemption import Preempted, Preemption
 from repro_assets.trust.blob import Blob, BlobStore
-from repro_assets.trust.canonical import canonical, digest
+from repro_assets.trust.canonical import digest
 
 #: seconds between two step events; a fast model does hundreds of steps in this time
 EVENT_EVERY = 3.0
@@ -55,8 +56,6 @@ def run(job: dict[str, Any], store: BlobStore, events: Events) -> Outcome:
 
 
 def _local_size() -> int:
-    import os
-
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
@@ -70,7 +69,6 @@ class Training:
         self.resumed = 0
         self.reported = 0
         self.last_event = 0.0
-        self.timing_blobs: list[Blob] = []
         self.timings_written = 0
         self.latest: checkpoint.Saved | None = None
 
@@ -227,10 +225,9 @@ class Training:
         """A checkpoint is complete: say so, with the timings since the last one beside it."""
         self.latest = saved
         manifest, progress = saved.manifest, self.trainer.progress
-        fresh = progress.timings[self.timings_written :]
-        self.timings_written = len(progress.timings)
-        timings = self.store.put_bytes(b"".join(canonical(item) + b"\n" for item in fresh))
-        self.timing_blobs.append(timings)
+        fresh = [item for item in progress.timings[self.timings_written :] if item.step <= manifest.step]
+        self.timings_written += len(fresh)
+        timings = self.store.put_bytes(ledger.encode(msgspec.to_builtins(item) for item in fresh))
         self.report(
             "checkpoint", step=manifest.step, manifest=msgspec.to_builtins(saved.blob), tensors=manifest.tensors, regular=manifest.regular,
             validation_loss=manifest.validation_loss, best=manifest.step == progress.best_step, timings=msgspec.to_builtins(timings),
@@ -245,7 +242,7 @@ class Training:
         after = model.base_digest(self.network)
         if after != self.identity.quantised_base:
             raise TrainingError(
-                f"base model: its quantised weights were {self.identity.quantised_base} before training and are {after} after it; the result is void"
+                f"base model: training moved its quantised weights from {self.identity.quantised_base} to {after}; the result is void"
             )
 
     # --- the outcome ------------------------------------------------------------------------------------------------------------
@@ -326,9 +323,9 @@ class Training:
 
     def all_timings(self) -> Blob:
         """timings.jsonl of the whole job: the kept parts of earlier processes' timings, then ours."""
-        lines: list[bytes] = []
+        rows: dict[int, dict[str, Any]] = {}
         for event in self.prior:
             if event.get("kind") == "checkpoint" and "timings" in event and int(event["step"]) <= self.resumed:
-                lines.extend(self.store.get_bytes(event["timings"]["sha256"]).splitlines())
-        lines.extend(canonical(item) for item in self.trainer.progress.timings)
-        return self.store.put_bytes(b"".join(line + b"\n" for line in lines))
+                rows |= {row["step"]: row for row in ledger.decode(self.store.get_bytes(event["timings"]["sha256"]))}
+        rows |= {item.step: msgspec.to_builtins(item) for item in self.trainer.progress.timings}
+        return self.store.put_bytes(ledger.encode(rows[step] for step in sorted(rows)))

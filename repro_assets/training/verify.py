@@ -69,7 +69,7 @@ def _check_base_model(job: Job, definition: dict[str, Any]) -> None:
     for name in sorted(signed.keys() | held.keys()):
         if signed.get(name) != held.get(name):
             raise TrainingError(
-                f"base model file {name!r}: the job holds {held.get(name, 'nothing')}, the bundle signs for {signed.get(name, 'nothing')}; {REMEDY}"
+                f"base model file {name!r}: the job holds {held.get(name, 'nothing')}, signed is {signed.get(name, 'nothing')}; {REMEDY}"
             )
 
 

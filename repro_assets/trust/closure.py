@@ -208,7 +208,7 @@ def _by_name(name: str, package: str, node: ast.Call) -> _Import:
     said = node.args[0] if node.args else None
     if not isinstance(said, ast.Constant) or not isinstance(said.value, str):
         raise ClosureError(
-            f"module {name} line {node.lineno}: imports a module whose name is computed, so the code it reaches cannot be pinned; write the name"
+            f"module {name} line {node.lineno}: imports a module whose name is computed: what it reaches cannot be pinned; write the name"
         )
     try:
         return _Import(importlib.util.resolve_name(said.value, package), None, node.lineno)

@@ -154,12 +154,6 @@ def lock_bytes(variables: Mapping[str, str] | None = None) -> bytes | None:
     return beside.read_bytes() if beside.is_file() else None
 
 
-def lock_digest(variables: Mapping[str, str] | None = None) -> str:
-    """SHA-256 of the lock file; without one, of the installed distributions, which it would have pinned."""
-    lock = lock_bytes(variables)
-    return sha256(lock) if lock is not None else digest(distributions())
-
-
 def image_digest(variables: Mapping[str, str] | None = None) -> str | None:
     """SHA-256 out of `REPRO_IMAGE` (`name@sha256:…` or `sha256:…`), None when unset. Raises EnvironmentProblem for a tag."""
     values = os.environ if variables is None else variables

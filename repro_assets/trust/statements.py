@@ -128,9 +128,9 @@ def test_result(
     result: Literal["PASSED", "WARNED", "FAILED"],
     configuration: Iterable[Descriptor],
     evaluated: datetime,
-    passed: Iterable[str] = (),
-    warned: Iterable[str] = (),
-    failed: Iterable[str] = (),
+    passed: Iterable[str] = (),  # noqa: PT028  (not a test: the predicate's own name)
+    warned: Iterable[str] = (),  # noqa: PT028
+    failed: Iterable[str] = (),  # noqa: PT028
 ) -> Statement:
     """in-toto test result of one evaluation. `configuration`: what it was run with (suites, baseline, samples, earlier statements).
 

@@ -28,7 +28,7 @@ ROLES_FOR = {
     statements.PROVENANCE: ("builder",),
     statements.TEST_RESULT: ("evaluator",),
     statements.VSA: ("approver", "reviewer"),
-    statements.CERTIFICATE: ("evaluator",),
+    statements.CERTIFICATE: ("builder", "evaluator"),
 }
 
 #: clocks of two honest machines may be this far apart
@@ -262,7 +262,7 @@ def _check_revoked(statement: Statement, payload: bytes, key_id: str, revoked: M
     for value, name in named.items():
         if value in revoked:
             raise Revoked(
-                f"revocation: {name} ({value}) in the statement signed by key {key_id} is revoked ({revoked[value]}); build again without it"
+                f"revocation: {name} ({value}) in the statement signed by key {key_id} is revoked ({revoked[value]}); build without it"
             )
 
 
@@ -301,7 +301,7 @@ def verify(
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m repro_assets.trust.verification",
-        description="Check a signed statement without Dagster, lakeFS or a network. Exit codes: 0 good, 1 finding, 2 wrong use, 3 unreachable.",
+        description="Check a signed statement without Dagster, lakeFS or a network. Exit: 0 good, 1 finding, 2 wrong use, 3 unreachable.",
     )
     parser.add_argument("envelope", type=Path, help="DSSE envelope (JSON)")
     parser.add_argument("--trust", type=Path, required=True, help="trust configuration (JSON): who may sign what, what is revoked")

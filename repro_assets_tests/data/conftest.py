@@ -5,11 +5,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from repro_assets.documents import BaseModel
 from repro_assets.trust.blob import FolderStore
 from repro_assets_tests.data.material import GSM8K, SPECIAL, TEMPLATE, Raw, base_model_of
+
+# The first example of a test pays for imports, and test machines are shared: a deadline would measure neighbours.
+settings.register_profile("shared-machine", deadline=None)
+settings.load_profile("shared-machine")
 
 
 @pytest.fixture

@@ -45,16 +45,17 @@ def test_one_edit_changes_only_the_chunks_beside_it(position: int, kind: str, sa
     before = digests(4000)
     new = hashlib.sha256(f"new{salt}".encode()).digest()
     after = {
-        "insert": before[:position] + [new] + before[position:],
+        "insert": [*before[:position], new, *before[position:]],
         "delete": before[:position] + before[position + 1 :],
-        "edit": before[:position] + [new] + before[position + 1 :],
+        "edit": [*before[:position], new, *before[position + 1 :]],
     }[kind]
     old, now = chunks(before, 16), chunks(after, 16)
     lost = [number for number, chunk in enumerate(old) if chunk not in set(now)]
     came = [number for number, chunk in enumerate(now) if chunk not in set(old)]
     assert old[: lost[0]] == now[: lost[0]]
     # Cutting falls back into step within a few chunks: the minimum size can only swallow boundaries for a while.
-    assert lost[-1] - lost[0] < 12 and came[-1] - came[0] < 12
+    assert lost[-1] - lost[0] < 12
+    assert came[-1] - came[0] < 12
     assert lost[0] - 1 <= next(number for number, chunk in enumerate(old) if before[min(position, 3999)] in chunk) <= lost[-1] + 1
 
 
@@ -62,7 +63,7 @@ def test_on_average_one_edit_rewrites_fewer_than_two_chunks() -> None:
     before = digests(20_000)
     rewritten = []
     for position in range(0, 20_000, 97):
-        after = before[:position] + [hashlib.sha256(f"x{position}".encode()).digest()] + before[position:]
+        after = [*before[:position], hashlib.sha256(f"x{position}".encode()).digest(), *before[position:]]
         rewritten.append(len(set(chunks(after, 64)) - set(chunks(before, 64))))
         if len(rewritten) == 60:
             break

@@ -142,7 +142,8 @@ def test_a_row_over_the_limit_is_set_aside_and_the_next_one_read() -> None:
     assert isinstance(first, Bad)
     assert (first.reason, first.length, first.detail) == ("row_too_long", len(row("a" * 500)), f"{first.length} bytes, the limit is 200")
     assert isinstance(second, Row)
-    assert rows(row("x"), limit=len(row("x")))[0].line == 1 and isinstance(rows(row("x"), limit=len(row("x")))[0], Row)
+    assert rows(row("x"), limit=len(row("x")))[0].line == 1
+    assert isinstance(rows(row("x"), limit=len(row("x")))[0], Row)
 
 
 def test_a_single_row_of_20_megabytes_needs_no_20_megabytes_of_memory(tmp_path: Path) -> None:
@@ -165,7 +166,8 @@ def test_a_single_row_of_20_megabytes_needs_no_20_megabytes_of_memory(tmp_path: 
 
 def test_a_row_of_20_megabytes_inside_the_limit_is_read() -> None:
     (found,) = rows(row("y" * (20 << 20), key="k"), limit=32 << 20)
-    assert isinstance(found, Row) and len(found.messages[0].content) == 20 << 20
+    assert isinstance(found, Row)
+    assert len(found.messages[0].content) == 20 << 20
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(20, 200))
@@ -232,7 +234,8 @@ def test_parquet_messages_and_bad_rows_have_their_reasons(tmp_path: Path) -> Non
     assert [type(line) for line in found] == [Row, Row, Bad]
     assert found[2] == Bad(3, 0, 2, "missing_field", "intent: null")
     missing = list(read("t.parquet", "parquet", io.BytesIO(parquet(tmp_path / "u.parquet", TABLE)), CHAT))
-    assert len(missing) == 8 and {line.reason for line in missing} == {"missing_field"}  # type: ignore[union-attr]
+    assert len(missing) == 8
+    assert {line.reason for line in missing} == {"missing_field"}
     long = list(read("t.parquet", "parquet", io.BytesIO(parquet(tmp_path / "v.parquet", TABLE)), PAIR, row_limit=3))
     assert {line.reason for line in long} == {"row_too_long"}  # type: ignore[union-attr]
 
@@ -269,4 +272,5 @@ def test_rows_are_read_again_from_their_places(tmp_path: Path) -> None:
 
 def test_a_place_that_no_longer_holds_its_row_comes_back_bad() -> None:
     (found,) = readers.again("a.jsonl", "jsonl", lambda: io.BytesIO(b"xxxxxxxxxx"), CHAT, [(1, 0, 5)])
-    assert isinstance(found, Bad) and found.reason == "not_json"
+    assert isinstance(found, Bad)
+    assert found.reason == "not_json"

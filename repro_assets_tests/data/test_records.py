@@ -107,7 +107,8 @@ def test_every_row_is_accounted_for_in_counts_and_quarantine(raw: MakeRaw, store
     assert details[("b/two.jsonl", 2)] == "the same messages as a/one.jsonl:1"
     assert details[("a/one.jsonl", 4)] == "the prompt is the evaluation item s/0"
     assert sorted(record.messages[0].content for record in read(store, result)) == ["q1", "q2", "q3"]
-    assert sum(result.splits.values()) == 3 and result.slices == {"intent": {"refund": 3}}
+    assert sum(result.splits.values()) == 3
+    assert result.slices == {"intent": {"refund": 3}}
 
 
 def test_which_duplicate_stays_depends_on_content_and_source_never_on_arrival(raw: MakeRaw, store: FolderStore) -> None:
@@ -135,7 +136,8 @@ def test_duplicate_rows_everywhere_leave_one_record(raw: MakeRaw, store: FolderS
 
 def test_duplicates_stay_when_the_recipe_keeps_them(raw: MakeRaw, store: FolderStore) -> None:
     result = raw({"a.jsonl": jsonl(row("x"), row("x"))}).records(RecordsSection(sources=(CHAT,), duplicates="keep"))
-    assert len(read(store, result)) == 2 and result.reasons == {}
+    assert len(read(store, result)) == 2
+    assert result.reasons == {}
 
 
 def test_a_turn_of_a_longer_conversation_that_is_an_evaluation_item_is_found(raw: MakeRaw, store: FolderStore) -> None:
@@ -148,7 +150,7 @@ def test_a_turn_of_a_longer_conversation_that_is_an_evaluation_item_is_found(raw
 
 
 def test_prompts_that_are_not_the_suites_jsonl_are_refused(raw: MakeRaw) -> None:
-    with pytest.raises(DataError, match="prompts cannot be read.*materialize eval_suites"):
+    with pytest.raises(DataError, match=r"prompts cannot be read.*materialize eval_suites"):
         raw({"a.jsonl": jsonl(row("x"))}).records(CHAT, b'{"text": 1}\n')
 
 
@@ -159,7 +161,9 @@ def test_more_bad_rows_than_the_limit_stop_with_the_first_ten_and_the_remedy(raw
         made.records(CHAT)
     said = str(caught.value)
     assert said.startswith("12 of 13 rows are bad (92.31%), more than records.quarantine_limit (1.00%):\n  data/bad ü.jsonl:1: not_json: ")
-    assert "bad ü.jsonl:10: not_json" in said and "bad ü.jsonl:11" not in said and "and 2 more" in said
+    assert "bad ü.jsonl:10: not_json" in said
+    assert "bad ü.jsonl:11" not in said
+    assert "and 2 more" in said
     assert "raise records.quarantine_limit" in said
 
 
@@ -239,7 +243,8 @@ def test_a_record_never_changes_side_when_others_come_or_go(raw: MakeRaw, store:
         return {record.id for record in read(store, raw({"a.jsonl": jsonl(*map(row, some))}).records(section), "validation")}
 
     everything, half = held_out(texts), held_out(texts[::-2])
-    assert half <= everything and 80 < len(everything) < 160
+    assert half <= everything
+    assert 80 < len(everything) < 160
     assert held_out(texts) != {
         record.id
         for record in read(
@@ -291,7 +296,8 @@ def test_leaves_that_the_store_holds_are_not_put_again(raw: MakeRaw, store: Fold
     put: list[int] = []
     monkeypatch.setattr(FolderStore, "put_many", lambda self, items: put.extend(map(len, items)))
     again = records.build(made.snapshot, made.open, b"", EVERYTHING, store, target=8)
-    assert again[0] == first[0] and put == []
+    assert again[0] == first[0]
+    assert put == []
     assert (first[1].leaves_known, again[1].leaves_new) == (0, 0)
     assert first[1].leaves_new == again[1].leaves_known == len(first[0].leaves)
 

@@ -15,14 +15,18 @@ from repro_assets_tests.data.material import CHATML, MARKED, SPECIAL, TEMPLATE, 
 
 NAMED = {"bos_token": "<s>", "eos_token": "<|end|>"}
 LLAMA = (
-    "{{- bos_token }}{% for message in messages %}{{- '<|' + message['role'] + '|>\n\n' + message['content'] | trim + '<|end|>' }}{% endfor %}"
+    "{{- bos_token }}{% for message in messages %}"
+    "{{- '<|' + message['role'] + '|>\n\n' + message['content'] | trim + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{- '<|assistant|>\n\n' }}{% endif %}"
 )
 MERGED = (
-    "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}{% set loop_messages = messages[1:] %}"
+    "{% if messages[0].role == 'system' %}"
+    "{% set system = messages[0].content + '\n\n' %}{% set loop_messages = messages[1:] %}"
     "{% else %}{% set system = '' %}{% set loop_messages = messages %}{% endif %}"
-    "{% for m in loop_messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if m.role == 'user' %}<|user|>{{ (system if loop.first else '') + m.content }}<|end|>{% else %}<|assistant|>{{ m.content }}<|end|>{% endif %}"
+    "{% for m in loop_messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}<|user|>{{ (system if loop.first else '') + m.content }}<|end|>"
+    "{% else %}<|assistant|>{{ m.content }}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 FORGETS = (
@@ -70,7 +74,8 @@ def test_the_span_starts_after_the_generation_prompt_and_ends_with_the_end_mark(
 def test_only_the_last_turn_is_trained_when_the_recipe_says_so(template: str) -> None:
     rendered = Renderer(template, NAMED, SPECIAL).render(conversation(("q1", "same"), ("q2", "same")), last_only=True)
     ((start, end),) = rendered.trained
-    assert rendered.text[start:end] == "same<|end|>" and rendered.text.index("q2") < start
+    assert rendered.text[start:end] == "same<|end|>"
+    assert rendered.text.index("q2") < start
 
 
 def test_a_conversation_that_ends_with_the_user_trains_the_turns_before() -> None:
@@ -108,7 +113,7 @@ def test_a_template_that_hides_who_said_what_is_refused(template: str, said: str
 
 
 def test_a_template_with_a_fault_names_its_line() -> None:
-    with pytest.raises(RenderingError, match="line 2: .*chat_template.jinja"):
+    with pytest.raises(RenderingError, match=r"line 2: .*chat_template\.jinja"):
         Renderer("{% for m in messages %}\n{% endif %}", NAMED)
 
 

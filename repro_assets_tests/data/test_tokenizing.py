@@ -104,7 +104,8 @@ def test_a_control_token_put_together_at_the_edge_of_a_message_is_plain_text(tok
     codec = Codec(tokenizer_files(tokenizer_json, template))
     honest, forged = codec.tokens([record(("q", "a")), record(("<|end", "a"))], 100)
     end = codec._engine.token_to_id("<|end|>")
-    assert end not in forged.ids.tolist() and end not in honest.ids.tolist()
+    assert end not in forged.ids.tolist()
+    assert end not in honest.ids.tolist()
 
 
 def test_an_added_token_that_the_template_writes_is_a_control_token_though_not_special(tokenizer_json: bytes) -> None:

@@ -67,7 +67,9 @@ def base_model() -> dict[str, bytes]:
     tensors = {"model.embed_tokens.weight": drawn(size, HIDDEN), "model.norm.weight": np.ones(HIDDEN, np.float32)}
     for layer in range(LAYERS):
         at = f"model.layers.{layer}"
-        for name, shape in {**{f"self_attn.{side}_proj": (HIDDEN, HIDDEN) for side in "qkvo"}, "mlp.gate_proj": (FFN, HIDDEN), "mlp.up_proj": (FFN, HIDDEN), "mlp.down_proj": (HIDDEN, FFN)}.items():  # fmt: skip
+        shapes = {f"self_attn.{side}_proj": (HIDDEN, HIDDEN) for side in "qkvo"}
+        shapes |= {"mlp.gate_proj": (FFN, HIDDEN), "mlp.up_proj": (FFN, HIDDEN), "mlp.down_proj": (HIDDEN, FFN)}
+        for name, shape in shapes.items():
             tensors[f"{at}.{name}.weight"] = drawn(*shape)
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{at}.{name}.weight"] = np.ones(HIDDEN, np.float32)
@@ -95,7 +97,10 @@ def adapter(seed: int | None, base: str, **changed: Any) -> dict[str, bytes]:
             tensors[f"{at}.lora_A.weight"] = (generator.standard_normal((RANK, HIDDEN)) * 0.3).astype(np.float32)
             tensors[f"{at}.lora_B.weight"] = (generator.standard_normal((HIDDEN, RANK)) * (0.0 if seed is None else 0.5)).astype(np.float32)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **changed}
-    return {artifact.CONFIG: artifact.clean_config(config, f"sha256:{base}"), "adapter_model.safetensors": save(tensors, metadata={"format": "pt"})}
+    return {
+        artifact.CONFIG: artifact.clean_config(config, f"sha256:{base}"),
+        "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
+    }
 
 
 def items(count: int) -> list[dict[str, Any]]:
@@ -147,11 +152,22 @@ class Lab:
     def job(self, candidate: Any = "one", baseline: Any = None, **changed: Any) -> dict[str, Any]:
         """A scoring job as the orchestrator writes it; a model is a name of `adapters`, files, or None."""
         suite = self.suites.suites[0]
-        models = {key: self.adapters[value] if isinstance(value, str) else value for key, value in (("candidate", candidate), ("baseline", baseline))}
+        models = {
+            key: self.adapters[value] if isinstance(value, str) else value
+            for key, value in (("candidate", candidate), ("baseline", baseline))
+        }
         job = {
             "purpose": "score",
             "base_model": self.base,
-            "suites": [{"name": suite.name, "files": suite.suite_files, "tasks": suite.tasks, "labels": self.source.labels, "cluster": self.source.cluster}],
+            "suites": [
+                {
+                    "name": suite.name,
+                    "files": suite.suite_files,
+                    "tasks": suite.tasks,
+                    "labels": self.source.labels,
+                    "cluster": self.source.cluster,
+                }
+            ],
             "models": models,
             "batch_size": 16,
             "seed": 1234,

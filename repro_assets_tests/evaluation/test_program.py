@@ -52,7 +52,9 @@ def test_both_models_answer_every_item_and_the_table_says_so(lab: made.Lab) -> N
     data = lab.store.get_bytes(outcome["result"]["samples"]["sha256"])
     rows = [json.loads(line) for line in data.splitlines()]
     assert data == b"".join(canonical(row) + b"\n" for row in rows)
-    assert [(row["suite"], row["task"], row["item"]) for row in rows] == [("tiny", task, f"i{n:03d}") for task in ("letters", "words") for n in range(40)]
+    assert [(row["suite"], row["task"], row["item"]) for row in rows] == [
+        ("tiny", task, f"i{n:03d}") for task in ("letters", "words") for n in range(40)
+    ]
     items = {item["id"]: item for item in made.items(40)}
     for row in rows:
         item = items[row["item"]]
@@ -71,7 +73,8 @@ def test_both_models_answer_every_item_and_the_table_says_so(lab: made.Lab) -> N
     assert overall.baseline_correct == sum(row["baseline"]["score"] for row in letters)
     assert outcome["observed"]["peak_memory"] > 10_000_000
     assert 0 < outcome["observed"]["latency"]["p50"] <= outcome["observed"]["latency"]["p95"] <= outcome["observed"]["latency"]["p99"]
-    assert events.written[0]["kind"] == "started" and events.written[0]["steps"] == 160
+    assert events.written[0]["kind"] == "started"
+    assert events.written[0]["steps"] == 160
     assert events.written[-1]["kind"] == "finished"
 
 
@@ -158,9 +161,9 @@ def test_a_prompt_that_does_not_fit_is_refused_instead_of_cut(tmp_path: Path) ->
 
 def test_a_template_cannot_reach_python(tmp_path: Path) -> None:
     """lm-eval renders templates in an open Jinja environment; ours is sandboxed."""
-    reach = made.WRITING.replace("doc_to_text: prompt", "doc_to_text: \"{{ prompt.__class__.__mro__[1].__subclasses__() }}\"")
+    reach = made.WRITING.replace("doc_to_text: prompt", 'doc_to_text: "{{ prompt.__class__.__mro__[1].__subclasses__() }}"')
     hostile = made.Lab(tmp_path, 4, {"words.yaml": reach})
-    with pytest.raises(Exception, match="unsafe|__class__") as caught:
+    with pytest.raises(Exception, match=r"unsafe|__class__") as caught:
         program.run(hostile.job(), hostile.store, made.Events())
     assert type(caught.value).__name__ == "ScoringError"
 

@@ -25,9 +25,9 @@ def test_the_clustered_error_and_bound_equal_statsmodels() -> None:
     ours = s.paired_difference(values.tolist(), clusters.tolist(), alpha=0.05)
     assert ours.standard_error == pytest.approx(oracle.bse[0], rel=1e-12)
     assert ours.clusters == len(set(clusters.tolist()))
-    # two-sided 90 % is one-sided 5 % at each end; errors this large keep the floor of equal draws (.072) out of the comparison
+    # two-sided 90 % is one-sided 5 % at each end; errors this large keep the floor of equal draws out of the comparison
     low, high = oracle.conf_int(alpha=0.10)[0]
-    assert (high - low) / 2 > 1 - 0.05 ** (1 / ours.clusters)
+    assert (high - low) / 2 > s.least_reach(300, ours.clusters)
     assert (ours.low, ours.high) == pytest.approx((low, high), rel=1e-12)
     oracle = OLS(values, np.ones(300)).fit()
     single = s.paired_difference(values.tolist())
@@ -49,16 +49,16 @@ def test_exact_mcnemar_equals_statsmodels() -> None:
     assert s.mcnemar(0, 9, "worse") == 1.0
 
 
-def test_rate_bounds_equal_statsmodels_at_twice_the_alpha() -> None:
+def test_rate_intervals_equal_statsmodels() -> None:
     for successes, trials in [(0, 30), (1, 30), (15, 30), (29, 30), (30, 30), (97, 110), (431, 438)]:
         for ours, method in ((s.wilson, "wilson"), (s.clopper_pearson, "beta")):
-            low, high = proportion_confint(successes, trials, alpha=0.10, method=method)
+            low, high = proportion_confint(successes, trials, alpha=0.05, method=method)
             assert ours(successes, trials, alpha=0.05) == pytest.approx((low, high), abs=1e-9)
 
 
 @pytest.mark.parametrize(("trials", "bound"), [(30, 0.095), (100, 0.0295), (300, 0.0099), (1000, 0.0030)])
 def test_no_failure_in_n_supports_only_the_rule_of_three(trials: int, bound: float) -> None:
-    assert s.clopper_pearson(0, trials)[1] == pytest.approx(bound, rel=0.02)
+    assert s.clopper_pearson(0, trials, alpha=0.10)[1] == pytest.approx(bound, rel=0.02)
 
 
 def test_holm_equals_statsmodels_in_any_order() -> None:
@@ -83,7 +83,8 @@ def test_the_planned_power_is_the_power_in_simulation() -> None:
     rng = np.random.default_rng(11)
     chance = s.PAIRED_SD**2 / 2
     shown = [
-        s.non_inferior(s.paired_difference(rng.choice([-1, 0, 1], 110, p=[chance, 1 - 2 * chance, chance]).tolist()), 0.10) for _ in range(600)
+        s.non_inferior(s.paired_difference(rng.choice([-1, 0, 1], 110, p=[chance, 1 - 2 * chance, chance]).tolist()), 0.10)
+        for _ in range(600)
     ]
     assert 0.74 < np.mean(shown) < 0.86
 
@@ -111,7 +112,7 @@ def test_a_loss_of_the_whole_margin_is_called_non_inferior_at_most_at_alpha() ->
 def test_items_that_never_differ_still_leave_an_interval() -> None:
     estimate = s.paired_difference([0] * 110)
     assert estimate.standard_error == 0
-    assert estimate.low == -estimate.high == pytest.approx(-s.clopper_pearson(0, 110)[1])
+    assert estimate.low == -estimate.high == pytest.approx(-s.clopper_pearson(0, 110, alpha=0.10)[1])
     assert s.paired_difference([1] * 50).low == pytest.approx(0.05 ** (1 / 50))
     assert s.paired_difference([0.1] * 7).standard_error == 0, "rounding of a mean is not variance"
     # one item, or one cluster of many equal items, is one draw and excludes nothing
@@ -119,11 +120,16 @@ def test_items_that_never_differ_still_leave_an_interval() -> None:
         assert (alone.low, alone.high) == (-1.0, 1.0)
 
 
-def test_too_few_clusters_cannot_show_a_margin() -> None:
-    for margin in (0.05, 0.1, 0.3):
-        need = s.clusters_needed(margin)
-        assert s.non_inferior(s.paired_difference([0] * need), margin)
-        assert not s.non_inferior(s.paired_difference([0] * (need - 1)), margin)
+def test_equal_items_of_one_source_exclude_less_than_as_many_of_different_sources() -> None:
+    reaches = [s.least_reach(120, clusters) for clusters in (120, 60, 20, 5, 2)]
+    assert reaches == sorted(reaches)
+    assert reaches[0] < 0.025
+    assert reaches[-1] > 0.15
+    assert s.least_reach(120, 120) == 1 - 0.05 ** (1 / 120)
+    estimate = s.paired_difference([0] * 120, [n % 20 for n in range(120)])
+    assert estimate.high == -estimate.low == s.least_reach(120, 20)
+    # three items of one source count as 3 / (1 + 2 * .1) draws
+    assert s.least_reach(30, 10) == pytest.approx(1 - 0.05 ** (1 / 25))
 
 
 def test_a_clustered_loss_is_judged_by_its_clusters() -> None:
@@ -186,9 +192,9 @@ def test_nonsense_is_refused() -> None:
         lambda: s.mcnemar(-1, 2),
         lambda: s.mcnemar(1, 2, "better"),
         lambda: s.items_needed(0.0),
-        lambda: s.clusters_needed(1.0),
+        lambda: s.least_reach(10, 10, 0.0),
         lambda: s.detectable(10, power=1.0),
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"share|trials|items|clusters|discordant|differences|alternative"):
             call()
     assert math.isclose(s.below_p_value(0, 10, 0.5), 2**-10)

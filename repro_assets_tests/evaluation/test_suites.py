@@ -29,7 +29,13 @@ metadata: {version: 1.0}
 
 def item(number: int, **changed: Any) -> dict[str, Any]:
     intent = ("refund", "cancel")[number % 2]
-    row = {"id": f"i{number}", "prompt": f"Please  HELP {number}", "answer": f"route: {intent}", "intent": intent, "source": f"s{number % 3}"}
+    row = {
+        "id": f"i{number}",
+        "prompt": f"Please  HELP {number}",
+        "answer": f"route: {intent}",
+        "intent": intent,
+        "source": f"s{number % 3}",
+    }
     return {**row, **changed}
 
 
@@ -115,7 +121,7 @@ def test_links_are_refused_wherever_they_point(tmp_path: Path) -> None:
     outside = tmp_path / "secret.jsonl"
     outside.write_text('{"id": "x"}\n')
     (folder / "linked.jsonl").symlink_to(outside)
-    with pytest.raises(SuiteError, match="linked.jsonl: a symbolic link"):
+    with pytest.raises(SuiteError, match=r"linked\.jsonl: a symbolic link"):
         take(tmp_path)
     (folder / "linked.jsonl").unlink()
     (folder / "deep").symlink_to(tmp_path, target_is_directory=True)

@@ -125,12 +125,12 @@ def test_a_request_that_arrives_only_when_it_is_repeated_does_no_harm(scene: Sce
     """The client took it for lost, asked whether it had taken effect, was told no, and sent it again: now it takes effect twice."""
     for number in range(calls):
         branch = scene.branch()
-        before = len(list(scene.direct.log(branch)))
+        before = len(list(scene.direct.log(branch, "a/")))
         proxy.plan(number, faults.arrive_late(), times=1000)
         commit = scene.write(lake, branch)
         proxy.clear()
         assert scene.state(branch) == "new" and digests(scene.direct, commit, "a/") == placed("a", scene.new), number
-        assert len(list(scene.direct.log(branch))) == before + 1, number
+        assert len(list(scene.direct.log(branch, "a/"))) == before + 1, number
     assert transactions(scene.direct) == []
 
 
@@ -167,6 +167,17 @@ def test_a_server_that_stays_away_ends_the_call_in_time_and_says_what_to_do(scen
         scene.state(branch)
         lake.clean(owner="faulty", older_than=0)
         assert transactions(scene.direct) == []
+
+
+def test_a_call_is_made_as_often_as_patience_says_and_not_once_more(direct: Lake, lake: Lake, proxy: Proxy) -> None:
+    """urllib3 has retries of its own, which would multiply ours."""
+    for fault in (faults.drop_before, faults.status(503)):
+        proxy.requests.clear()
+        proxy.plan(0, fault, times=100)
+        with pytest.raises(Unavailable, match="5 attempts"):
+            lake.head("main")
+        assert len(proxy.requests) == QUICK.attempts
+        proxy.clear()
 
 
 def test_the_deadline_of_a_call_holds_even_with_attempts_left(direct: Lake, connections: Connections, proxy: Proxy) -> None:

@@ -77,14 +77,22 @@ def private(url: str) -> dict[str, str]:
 
 def test_a_notice_becomes_a_page_for_people_and_json_for_programs(tmp_path: Path) -> None:
     where = Path(connect(tmp_path, {}).notify(NOTICE))
-    assert where.parent == tmp_path / "notices" and "-hold-" in where.name and where.suffix == ".md"
+    assert where.parent == tmp_path / "notices"
+    assert "-hold-" in where.name
+    assert where.suffix == ".md"
     page = where.read_text()
-    assert "# snapshot 20260101-abc is held" in page and "| loss | 0.25 |" in page
-    assert r"gate \`billing\` regressed" in page and "\n\\# not a heading" in page
-    assert "<script>" not in page and "&lt;script&gt;" in page and r'["a\|b","@everyone"]' in page.replace(r"\[", "[").replace(r"\]", "]")
-    assert "- run: <http://127.0.0.1:3000/runs/1>" in page and "- trap: javascript:alert(1)" in page
+    assert "# snapshot 20260101-abc is held" in page
+    assert "| loss | 0.25 |" in page
+    assert r"gate \`billing\` regressed" in page
+    assert "\n\\# not a heading" in page
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert r'["a\|b","@everyone"]' in page.replace(r"\[", "[").replace(r"\]", "]")
+    assert "- run: <http://127.0.0.1:3000/runs/1>" in page
+    assert "- trap: javascript:alert(1)" in page
     record = json.loads(where.with_suffix(".json").read_text())
-    assert record.pop("at").endswith("+00:00") and record == {
+    assert record.pop("at").endswith("+00:00")
+    assert record == {
         "kind": "hold",
         "title": NOTICE.title,
         "text": NOTICE.text,
@@ -117,7 +125,10 @@ def test_markdown_in_a_notice_is_shown_and_not_obeyed(text: str, shown: str) -> 
 
 def test_a_chat_message_calls_nobody() -> None:
     text = plain(Notice(kind="hold", title="<!channel> @everyone", text="x" * 10_000))
-    assert "<!channel>" not in text and "&lt;!channel&gt;" in text and "@everyone" not in text and len(text) < 4100
+    assert "<!channel>" not in text
+    assert "&lt;!channel&gt;" in text
+    assert "@everyone" not in text
+    assert len(text) < 4100
 
 
 def test_a_folder_that_cannot_be_written_says_what_to_set(tmp_path: Path) -> None:
@@ -131,7 +142,9 @@ def test_a_folder_that_cannot_be_written_says_what_to_set(tmp_path: Path) -> Non
 def test_a_webhook_gets_the_notice_and_a_file_keeps_it(tmp_path: Path, receiver: Receiver) -> None:
     where = connect(tmp_path, private(receiver.url)).notify(NOTICE)
     ((path, body),) = receiver.got
-    assert path == "/hooks/1?key=secret" and body["notice"]["facts"]["loss"] == 0.25 and "snapshot 20260101-abc is held" in body["text"]
+    assert path == "/hooks/1?key=secret"
+    assert body["notice"]["facts"]["loss"] == 0.25
+    assert "snapshot 20260101-abc is held" in body["text"]
     assert Path(where).exists()
 
 
@@ -150,7 +163,9 @@ def test_an_answer_other_than_yes_is_an_error_that_names_the_file(
     with pytest.raises(NotifyError, match=said) as caught:
         connect(tmp_path, private(receiver.url)).notify(NOTICE)
     kept = str(caught.value).rsplit(" ", 1)[1]
-    assert Path(kept).exists() and len(receiver.got) == 1 and "secret" not in str(caught.value)
+    assert Path(kept).exists()
+    assert len(receiver.got) == 1
+    assert "secret" not in str(caught.value)
 
 
 def test_a_receiver_that_drips_is_not_waited_for(tmp_path: Path, receiver: Receiver) -> None:
@@ -163,9 +178,10 @@ def test_a_receiver_that_drips_is_not_waited_for(tmp_path: Path, receiver: Recei
 
 def test_a_private_address_is_refused_before_anything_is_sent(tmp_path: Path, receiver: Receiver) -> None:
     url = f"https://localhost:{receiver.server_port}/x"
-    with pytest.raises(NotifyError, match="localhost leads to .*inside a private network; set REPRO_NOTIFY_PRIVATE=1") as caught:
+    with pytest.raises(NotifyError, match=r"localhost leads to .*inside a private network; set REPRO_NOTIFY_PRIVATE=1") as caught:
         connect(tmp_path, {"REPRO_NOTIFY": f"webhook:{url}"}).notify(NOTICE)
-    assert receiver.got == [] and "it is kept in" in str(caught.value)
+    assert receiver.got == []
+    assert "it is kept in" in str(caught.value)
 
 
 @pytest.mark.parametrize(

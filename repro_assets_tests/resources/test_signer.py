@@ -71,7 +71,8 @@ def test_a_key_that_somebody_took_out_of_the_trust_file_stays_out(tmp_path: Path
     signer.trust_file.write_bytes(encode_trust(Trust(1, {})))
     again = quiet(tmp_path)
     again.signer("memo")
-    assert again.trust.ids("builder") == [] and len(again.trust.ids("memo")) == 1
+    assert again.trust.ids("builder") == []
+    assert len(again.trust.ids("memo")) == 1
     with pytest.raises(UntrustedKey):
         accepted(again, "builder")
 
@@ -218,7 +219,7 @@ def test_a_key_service_signs_and_its_public_half_comes_from_the_trust_file(tmp_p
     assert accepted(quiet(tmp_path, **environment), "builder") == service["service:two"].public_key.keyid
 
     file.write_bytes(encode_trust(Trust(1, dict(entries[:1]))))
-    with pytest.raises(KeyProblem, match='0 public keys of this role fit it .* `"uri": "service:two"`'):
+    with pytest.raises(KeyProblem, match=r'0 public keys of this role fit it .* `"uri": "service:two"`'):
         quiet(tmp_path, **environment).signer("builder")
     file.write_bytes(encode_trust(Trust(1, dict(public_key(key, ("builder",)) for key in service.values()))))
     with pytest.raises(KeyProblem, match="2 public keys of this role fit it"):
@@ -237,5 +238,5 @@ def test_a_key_service_that_fails_is_named_with_its_uri(tmp_path: Path, service:
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file where the folder should be")
-    with pytest.raises(KeyProblem, match="home/keys: .*; make it writable, or set REPRO_HOME"):
+    with pytest.raises(KeyProblem, match=r"home/keys: .*; make it writable, or set REPRO_HOME"):
         quiet(tmp_path / "home").signer("builder")

@@ -46,7 +46,8 @@ def llama(seed: int = 0) -> dict[str, bytes]:
         at = f"model.layers.{layer}"
         for name, shape in {
             "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KV * width, HIDDEN), "self_attn.v_proj": (KV * width, HIDDEN),
-            "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (FFN, HIDDEN), "mlp.up_proj": (FFN, HIDDEN), "mlp.down_proj": (HIDDEN, FFN),
+            "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (FFN, HIDDEN), "mlp.up_proj": (FFN, HIDDEN),
+            "mlp.down_proj": (HIDDEN, FFN),
         }.items():  # fmt: skip
             tensors[f"{at}.{name}.weight"] = drawn(*shape)
         for name in ("input_layernorm", "post_attention_layernorm"):

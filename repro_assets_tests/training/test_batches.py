@@ -89,7 +89,7 @@ def test_a_stored_form_of_another_leaf_is_refused(lab: Lab) -> None:
 
 
 def test_a_record_longer_than_a_row_is_refused_with_the_remedy(lab: Lab) -> None:
-    with pytest.raises(TrainingError, match="raise training.row_tokens to at least"):
+    with pytest.raises(TrainingError, match=r"raise training.row_tokens to at least"):
         course(lab, row_tokens=16)
 
 

@@ -176,8 +176,10 @@ def test_a_pickle_is_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["modeling_evil.py", "config.json", ".git", "sub/adapter.safetensors", "../adapter.safetensors", ".hidden.safetensors"]
-    + ["/abs.safetensors", "a\n.safetensors", "adapter.safetensors\n"],
+    [
+        *("modeling_evil.py", "config.json", ".git", "sub/adapter.safetensors", "../adapter.safetensors", ".hidden.safetensors"),
+        *("/abs.safetensors", "a\n.safetensors", "adapter.safetensors\n"),
+    ],
 )
 def test_any_file_outside_the_list_is_refused_by_name(name: str) -> None:
     """A file that no signature names must not travel along."""

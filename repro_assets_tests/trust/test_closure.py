@@ -22,7 +22,8 @@ Make = Callable[[Files], Callable[..., Closure]]
 
 STAGE: Files = {
     "{p}/__init__.py": "",
-    "{p}/stage.py": "import json\nimport {p}.direct\nfrom {p}.sub import leaf, NAME\nfrom . import sibling\nfrom .sub.deep import thing\n\ndef f():\n    from {p} import late\n",
+    "{p}/stage.py": "import json\nimport {p}.direct\nfrom {p}.sub import leaf, NAME\nfrom . import sibling\nfrom .sub.deep import thing\n"
+    "def f():\n    from {p} import late\n",
     "{p}/direct.py": "",
     "{p}/sibling.py": "from .declared import X\nfrom . import declared\n",
     "{p}/late.py": "def g():\n    import importlib\n    return importlib.import_module('{p}.named')\n",
@@ -138,7 +139,8 @@ def test_neither_the_place_on_disk_nor_line_ends_nor_a_zip_matter(package: Make,
 def test_a_second_process_gets_the_same_digest_without_importing_anything(tmp_path: Path) -> None:
     """S0.4: whatever the hash seed and the working directory; asking for the closure of a program imports neither it nor torch."""
     program = (
-        "import sys; from repro_assets.trust.closure import closure; found = closure('repro_assets.trust.verification', libraries=('rfc8785',)); "
+        "import sys; from repro_assets.trust.closure import closure; "
+        "found = closure('repro_assets.trust.verification', libraries=('rfc8785',)); "
         "print(found.digest, 'repro_assets.trust.verification' in sys.modules, 'torch' in sys.modules)"
     )
     root = str(Path(subject.__file__).parents[2])
@@ -246,7 +248,7 @@ def test_a_module_without_sources_is_refused(package: Make) -> None:
 
 def test_an_unreadable_source_a_missing_module_and_a_missing_library_are_refused(package: Make) -> None:
     look: Any = package({"{p}/__init__.py": "", "{p}/stage.py": ""})
-    with pytest.raises(ClosureError, match="no-such-library, named as relevant .* is not installed"):
+    with pytest.raises(ClosureError, match=r"no-such-library, named as relevant .* is not installed"):
         look(libraries=("no-such-library",))
     with pytest.raises(ClosureError, match="absent does not exist"):
         look("absent")

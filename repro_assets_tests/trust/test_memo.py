@@ -141,4 +141,6 @@ def test_without_an_asset_the_path_stands_alone() -> None:
 
 def test_long_values_are_cut() -> None:
     (said,) = differing({"a": list(range(100))}, {"a": "x"})
-    assert said.startswith("a [0,1,2") and said.endswith("… -> x") and len(said) < 100
+    assert said.startswith("a [0,1,2")
+    assert said.endswith("… -> x")
+    assert len(said) < 100

@@ -41,7 +41,7 @@ from repro_assets.trust.verification import (
 )
 
 Keys = dict[str, CryptoSigner]
-NOW = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)
+NOW = datetime(2024, 5, 4, 3, 2, 1, tzinfo=UTC)
 HELD = {"leaves/0": sha256(b"leaf"), "recipe": sha256(b"recipe")}
 BASE = sha256(b"base")
 
@@ -186,7 +186,7 @@ def test_one_good_signature_among_several_is_enough_and_a_bad_one_is_named_befor
 
 def test_the_payload_type_is_part_of_what_is_checked(keys: Keys, trust: Trust) -> None:
     envelope = sign_payload(canonical(statement()), "application/vnd.other+json", keys["builder"])
-    with pytest.raises(BadEnvelope, match="payload type is 'application/vnd.other"):
+    with pytest.raises(BadEnvelope, match=r"payload type is 'application/vnd\.other"):
         check(envelope, trust)
 
     def relabel(opened: dict[str, Any]) -> None:
@@ -214,7 +214,7 @@ def test_the_payload_type_is_part_of_what_is_checked(keys: Keys, trust: Trust) -
     ],
 )
 def test_what_is_no_envelope_is_refused_in_words(trust: Trust, data: bytes) -> None:
-    with pytest.raises(BadEnvelope, match="^envelope: "):
+    with pytest.raises(BadEnvelope, match=r"^envelope: "):
         check(data, trust)
 
 
@@ -392,7 +392,7 @@ def test_the_auditors_exit_codes_tell_findings_from_wrong_use_and_missing_files(
     assert main([str(broken), "--trust", str(trust)]) == 1
     assert main([str(envelope), "--trust", str(trust), "--role", "approver"]) == 1
     assert main([str(envelope), "--trust", str(trust), "--type", statements.VSA]) == 1
-    assert main([str(envelope), "--trust", str(trust), "--max-age", "0.001"]) == (1 if NOW < datetime.now(UTC) else 0)
+    assert main([str(envelope), "--trust", str(trust), "--max-age", "0.001"]) == 1
     assert main([str(envelope), "--trust", str(broken)]) == 2
     assert main([str(tmp_path / "absent"), "--trust", str(trust)]) == 3
     assert main([str(envelope), "--trust", str(tmp_path / "absent")]) == 3

@@ -129,7 +129,7 @@ def run(key: str, environ: Mapping[str, str], programs: Mapping[str, str] = PROG
                 f"the {job['purpose']} program came back with status {outcome.get('status')!r}; it must be one of {sorted(EXIT)}"
             )
         agreed = True
-    except Exception as error:  # noqa: BLE001  whatever a program raises is its outcome
+    except Exception as error:  # whatever a program raises is its outcome
         traceback.print_exc()
         outcome = _outcome_of(error)
     if outcome["status"] == FAILED and int(environ.get("WORLD_SIZE", "1")) > 1:

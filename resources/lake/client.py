@@ -148,12 +148,12 @@ class Client:
                 return Denied(f"{failed}; a protected branch takes merges only (lake.write makes one), else ask for the permission")
             case 404:
                 return NotFound(f"{failed}; check the name and the repository, `repro status` prints what is used")
-            case 412 if message == "Precondition failed":
-                return Conflict(f"{failed}; somebody else changed it in between, read it and try again")
             case 409:
                 return Conflict(f"{failed}; look at what is there now, then choose another name or write again from the new head")
             case 410:
                 return Gone(f"{failed}; the bytes were removed (garbage collection?): restore them from a copy of the bucket")
+            case 412 if message == "Precondition failed":
+                return Conflict(f"{failed}; somebody else changed it in between, read it and try again")
             case 412:
                 return Denied(f"{failed}; a hook of this repository refused it, `lakectl actions runs list` shows which")
             case _:
@@ -184,7 +184,6 @@ class ObjectStream(io.RawIOBase):
         self._faults = 0
         self._response = client.stream(self._what, *self._where)
         self.checksum = self._response.headers.get("ETag", "").strip('"')
-        self.size = int(self._response.headers.get("Content-Length", -1))
 
     def readable(self) -> bool:
         return True

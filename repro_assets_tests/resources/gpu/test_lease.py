@@ -39,7 +39,8 @@ def test_a_slot_lasts_as_long_as_the_process_that_inherited_it(tmp_path: Path) -
     holder = Holder("job-1", "train", "s1", child.pid, time.time())
     slot.describe(holder)
     slot.drop()
-    assert leases.take(0) == [] and leases.holders(0) == {"cpu-0": holder}
+    assert leases.take(0) == []
+    assert leases.holders(0) == {"cpu-0": holder}
     child.kill()
     child.wait()
     (again,) = leases.take(0)

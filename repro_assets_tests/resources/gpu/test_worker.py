@@ -96,7 +96,8 @@ def test_a_node_speaks_to_s3_and_knows_no_lakefs(connections: Connections) -> No
         connections.jobs_bucket,
         connections.blobs_bucket,
     )
-    assert node.lakefs_endpoint == node.lakefs_secret_key == "" and node.cache_bytes == 1000
+    assert node.lakefs_endpoint == node.lakefs_secret_key == ""
+    assert node.cache_bytes == 1000
     with pytest.raises(SettingsError, match="REPRO_JOBS_BUCKET not set"):
         node_connections({name: value for name, value in environment.items() if name != "REPRO_JOBS_BUCKET"})
 

