@@ -1,6 +1,7 @@
 """Deciding on a checkpoint and acting on the decision: release, or failure bundle and notice; and rolling back. Policy is in `evaluation/`."""
 
 import shlex
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,8 +15,8 @@ from repro_assets.trust import artifact
 from repro_assets.trust.blob import Blob
 from repro_assets.trust.canonical import canonical, digest
 from repro_assets.trust.signing import sign
-from repro_assets.trust.statements import TEST_RESULT, descriptor, vsa
-from repro_assets.trust.verification import verify
+from repro_assets.trust.statements import TEST_RESULT, VSA, decision_of, descriptor, referenced, vsa
+from repro_assets.trust.verification import SubjectMismatch, verify
 from resources.notifier import Notice
 from resources.signer import Signer
 
@@ -94,13 +95,42 @@ def chain(stage: Stage[Any]) -> dict[str, str]:
 def checked(stage: Stage[Any]) -> None:
     """Refuse scores that no trusted evaluator signed for this very adapter."""
     checkpoint: QloraCheckpoint = stage.input(QloraCheckpoint)
-    verify(
+    results: EvalResults = stage.input(EvalResults)
+    statement = verify(
         stage.blobs.get_bytes(stage.observed(EvalResults).envelope.sha256),
         trust=stage.bench.signing.trust,
         role="evaluator",
         predicate_type=TEST_RESULT,
-        subjects={f"adapter/{name}": blob.sha256 for name, blob in checkpoint.adapter.items()},
+        subjects=_adapter(checkpoint.adapter),
     )
+    # a genuine evaluation of the same adapter on other suites, or against another baseline, decides nothing here
+    needed = {results.samples.sha256, results.baseline, *(suite.digest for suite in stage.input(EvalSuites).suites)}
+    if missing := needed - referenced(statement).keys():
+        raise SubjectMismatch(
+            f"the signed evaluation does not name {sorted(missing)[0][:12]} of eval_results: it is about another scoring; "
+            f"run `repro materialize --snapshot {stage.key} --select eval_results --no-memo`"
+        )
+
+
+def _adapter(files: Mapping[str, Blob]) -> dict[str, str]:
+    return {f"adapter/{name}": blob.sha256 for name, blob in files.items()}
+
+
+def trusted(releases: Releases, signing: Signer, release: Release) -> Release:
+    """`release`, after its signed decision was verified: promoted by a trusted approver, for this adapter, not revoked since."""
+    statement = verify(
+        releases.blobs.get_bytes(release.decision), trust=signing.trust, role="approver", predicate_type=VSA, subjects=_adapter(release.adapter)
+    )
+    if (said := decision_of(statement)) != "promote":
+        raise ReleaseError(f"release {release.number}: the signed decision says {said}, not promote; find who wrote it with `lakectl log`")
+    return release
+
+
+def released(stage: Stage[Any], asset: str) -> str | None:
+    """Content digest of an asset in the release to compare with, after its decision was verified; None before the first release."""
+    releases = Releases(stage.bench.lake.client, stage.blobs)
+    found = releases.in_force(stage.recipe.name)
+    return trusted(releases, stage.bench.signing, found).documents[asset] if found else None
 
 
 def _withheld(stage: Stage[Promotion], releases: Releases) -> str | None:
@@ -140,7 +170,7 @@ def _held(stage: Stage[Promotion], result: Promotion, samples: list[dict[str, An
 
 def _sign(signing: Signer, inputs: dict[str, str], result: Promotion, adapter: dict[str, Blob], resource: str) -> bytes:
     statement = vsa(
-        {f"adapter/{name}": blob.sha256 for name, blob in adapter.items()},
+        _adapter(adapter),
         decision=result.decision,  # type: ignore[arg-type]
         verifier=VERIFIER,
         verified=datetime.now(UTC),
@@ -173,16 +203,9 @@ def roll_back(releases: Releases, signing: Signer, number: int, reason: str) -> 
     in_force = releases.in_force(old.recipe)
     if in_force and in_force.adapter == old.adapter:
         raise ReleaseError(f"release {in_force.number} has the adapter of release {number}: it is in force already")
-    subjects = {f"adapter/{name}": blob.sha256 for name, blob in old.adapter.items()}
-    verify(
-        releases.blobs.get_bytes(old.decision),
-        trust=signing.trust,
-        role="approver",
-        predicate_type="https://slsa.dev/verification_summary/v1",
-        subjects=subjects,
-    )
+    trusted(releases, signing, old)
     statement = vsa(
-        subjects,
+        _adapter(old.adapter),
         decision="rollback",
         verifier=VERIFIER,
         verified=datetime.now(UTC),

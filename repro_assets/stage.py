@@ -20,7 +20,7 @@ from repro_assets.memo import Memo, Remembered
 from repro_assets.recipe import Loaded, Recipe
 from repro_assets.shelf import SHARED_ASSETS, MissingDocument, Shelf, Snapshot, folder
 from repro_assets.trust.canonical import digest, sha256
-from repro_assets.trust.closure import Closure, closure
+from repro_assets.trust.closure import Closure
 from repro_assets.trust.environment import hardware_class, lock_bytes
 from repro_assets.trust.memo import differing
 from resources.lake import DAGSTER_LINK, RAW, SHARED
@@ -65,13 +65,13 @@ class Stages(dg.ConfigurableResource):
         *,
         needs: tuple[type[Result], ...] = (),
         shared: tuple[type[Result], ...] = (),
-        code: str = "",
+        code: Closure,
         key_on: tuple[type[Result], ...] | None = None,
         on_hardware: bool = False,
     ) -> "Stage[R]":
         """Pin the branch head, read the upstream documents there, refuse those that the present recipe would not have made.
 
-        `code`: the module whose closure made the result. `key_on`: the inputs whose results enter the memo key (default: all).
+        `code`: the closure of the module that makes the result, with the libraries that its result depends on. `key_on`: the inputs whose results enter the memo key (default: all).
         `on_hardware`: the result also depends on the hardware class and the locked libraries.
         """
         stage = Stage(kind, context, self.bench)
@@ -80,7 +80,7 @@ class Stages(dg.ConfigurableResource):
             stage._take(need)
         for other in shared:
             stage._share(other)
-        stage._code = closure(code) if code else None
+        stage._code = code
         stage._key_on = {need.asset for need in (needs + shared if key_on is None else key_on)}
         stage._hardware = {"hardware": hardware_class(), "lock": sha256(lock_bytes() or b"")} if on_hardware else {}
         return stage
@@ -104,7 +104,7 @@ class Stage(Generic[R]):
         self._documents: dict[str, Document[Any, Any]] = {}
         self._shared: dict[str, Any] = {}
         self._results: dict[str, str] = {}
-        self._code: Closure | None = None
+        self._code = Closure(digest="", sources={}, libraries={})
         self._key_on: set[str] = set()
         self._hardware: dict[str, str] = {}
         self._remembered: Remembered | None = None
@@ -223,7 +223,8 @@ class Stage(Generic[R]):
             "schema": self.kind.schema,
             "inputs": {name: self._results[name] for name in sorted(self._key_on)},
             "section": self.section,
-            "code": self._code.digest if self._code else "",
+            "code": self._code.digest,
+            "libraries": self._code.libraries,
             **self._hardware,
         }
 
@@ -260,7 +261,7 @@ class Stage(Generic[R]):
         made = Made(
             key=digest(components),
             components=components,
-            sources=self._code.sources if self._code else {},
+            sources=self._code.sources,
             reused=reused,
             run=self.context.run_id,
             at=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -2,22 +2,21 @@
 
 import dagster as dg
 
-from repro_assets import nodes
+from repro_assets import nodes, promoting
 from repro_assets.assets.eval_suites import eval_suites
 from repro_assets.assets.qlora_checkpoint import qlora_checkpoint
 from repro_assets.documents import BaseModel, EvalResults, EvalSuites, QloraCheckpoint, TrainingBundle
 from repro_assets.partitions import snapshots
-from repro_assets.releases import Releases
 from repro_assets.stage import Stages, reproduces
 from repro_assets.trust.closure import closure
 
-CODE = "repro_assets.evaluation.program"
+CODE = closure("repro_assets.evaluation.program", libraries=("torch", "transformers", "peft", "bitsandbytes", "lm-eval", "tokenizers"))
 
 
 @dg.asset(
     deps=[qlora_checkpoint, eval_suites],
     partitions_def=snapshots,
-    code_version=closure(CODE).digest,
+    code_version=CODE.digest,
     check_specs=reproduces("eval_results"),
     kinds={"lmeval", "lakefs"},
 )
@@ -32,7 +31,6 @@ def eval_results(context: dg.AssetExecutionContext, stages: Stages) -> dg.Materi
         key_on=(BaseModel, EvalSuites),
         on_hardware=True,
     )
-    in_force = Releases(stage.bench.lake.client, stage.blobs).in_force(stage.recipe.name)
-    baseline = stage.reference("baseline", lambda: in_force.documents["qlora_checkpoint"] if in_force else None)
+    baseline = stage.reference("baseline", lambda: promoting.released(stage, "qlora_checkpoint"))
     stage.depends("adapter", stage.input(QloraCheckpoint).tensors)
     return stage.commit(stage.recall() or nodes.score(stage, baseline))

@@ -9,13 +9,13 @@ from repro_assets.partitions import snapshots
 from repro_assets.stage import Stages, reproduces
 from repro_assets.trust.closure import closure
 
-CODE = "repro_assets.evaluation.policy"
+CODE = closure("repro_assets.evaluation.policy", libraries=("numpy", "scipy"))
 
 
 @dg.asset(
     deps=[eval_results],
     partitions_def=snapshots,
-    code_version=closure(CODE).digest,
+    code_version=CODE.digest,
     check_specs=reproduces("promotion"),
     kinds={"intoto", "lakefs"},
 )

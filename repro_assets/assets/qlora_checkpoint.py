@@ -9,13 +9,13 @@ from repro_assets.partitions import snapshots
 from repro_assets.stage import Stages, reproduces
 from repro_assets.trust.closure import closure
 
-CODE = "repro_assets.training.program"
+CODE = closure("repro_assets.training.program", libraries=("torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy"))
 
 
 @dg.asset(
     deps=[training_bundle],
     partitions_def=snapshots,
-    code_version=closure(CODE).digest,
+    code_version=CODE.digest,
     check_specs=reproduces("qlora_checkpoint"),
     kinds={"pytorch", "lakefs"},
 )

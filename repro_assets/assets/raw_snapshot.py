@@ -11,10 +11,10 @@ from repro_assets.partitions import snapshots
 from repro_assets.stage import Stages, reproduces
 from repro_assets.trust.closure import closure
 
-CODE = "repro_assets.data.manifest"
+CODE = closure("repro_assets.data.manifest")
 
 
-@dg.asset(partitions_def=snapshots, code_version=closure(CODE).digest, check_specs=reproduces("raw_snapshot"), kinds={"lakefs"})
+@dg.asset(partitions_def=snapshots, code_version=CODE.digest, check_specs=reproduces("raw_snapshot"), kinds={"lakefs"})
 def raw_snapshot(context: dg.AssetExecutionContext, stages: Stages) -> dg.MaterializeResult:
     """Path, SHA-256 and size of every raw file of the recipe at the snapshot's commit."""
     stage = stages.begin(context, RawSnapshot, code=CODE)

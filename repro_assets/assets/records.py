@@ -10,13 +10,13 @@ from repro_assets.partitions import snapshots
 from repro_assets.stage import Stages, reproduces
 from repro_assets.trust.closure import closure
 
-CODE = "repro_assets.data.records"
+CODE = closure("repro_assets.data.records", libraries=("msgspec", "pyarrow"))
 
 
 @dg.asset(
     deps=[raw_snapshot, eval_suites],
     partitions_def=snapshots,
-    code_version=closure(CODE).digest,
+    code_version=CODE.digest,
     check_specs=reproduces("records"),
     kinds={"parquet", "lakefs"},
 )

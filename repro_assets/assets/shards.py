@@ -10,13 +10,13 @@ from repro_assets.partitions import snapshots
 from repro_assets.stage import Stages, reproduces
 from repro_assets.trust.closure import closure
 
-CODE = "repro_assets.data.sharding"
+CODE = closure("repro_assets.data.sharding", libraries=("tokenizers", "jinja2", "pyarrow", "numpy", "msgspec"))
 
 
 @dg.asset(
     deps=[records, base_model],
     partitions_def=snapshots,
-    code_version=closure(CODE).digest,
+    code_version=CODE.digest,
     check_specs=reproduces("shards"),
     kinds={"arrow", "lakefs"},
 )

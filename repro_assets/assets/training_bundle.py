@@ -9,13 +9,13 @@ from repro_assets.partitions import snapshots
 from repro_assets.stage import Stages, reproduces
 from repro_assets.trust.closure import closure
 
-CODE = "repro_assets.trust.bundle"
+CODE = closure("repro_assets.trust.bundle", libraries=("securesystemslib",))
 
 
 @dg.asset(
     deps=[validation_report],
     partitions_def=snapshots,
-    code_version=closure(CODE).digest,
+    code_version=CODE.digest,
     check_specs=reproduces("training_bundle"),
     kinds={"intoto", "lakefs"},
 )

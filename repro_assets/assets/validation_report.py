@@ -2,30 +2,29 @@
 
 import dagster as dg
 
+from repro_assets import promoting
 from repro_assets.assets.records import records
 from repro_assets.assets.shards import shards
 from repro_assets.data import validation
 from repro_assets.documents import BaseModel, EvalSuites, RawSnapshot, Records, Shards, ValidationReport
 from repro_assets.partitions import snapshots
-from repro_assets.releases import Releases
 from repro_assets.stage import Stages, reproduces
 from repro_assets.trust.closure import closure
 
-CODE = "repro_assets.data.validation"
+CODE = closure("repro_assets.data.validation", libraries=("tokenizers", "jinja2", "pandera", "polars", "pyarrow", "numpy", "scipy"))
 
 
 @dg.asset(
     deps=[records, shards],
     partitions_def=snapshots,
-    code_version=closure(CODE).digest,
+    code_version=CODE.digest,
     check_specs=reproduces("validation_report"),
     kinds={"pandera", "lakefs"},
 )
 def validation_report(context: dg.AssetExecutionContext, stages: Stages) -> dg.MaterializeResult:
     """Every rule with its verdict; drift against the last promoted snapshot; drawn records rebuilt from raw and compared."""
     stage = stages.begin(context, ValidationReport, needs=(RawSnapshot, Records, Shards), shared=(BaseModel, EvalSuites), code=CODE)
-    in_force = Releases(stage.bench.lake.client, stage.blobs).in_force(stage.recipe.name)
-    reference = stage.reference("drift_reference", lambda: in_force.documents["shards"] if in_force else None)
+    reference = stage.reference("drift_reference", lambda: promoting.released(stage, "shards"))
     if recalled := stage.recall():
         return stage.commit(recalled)
     built = validation.build(

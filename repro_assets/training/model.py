@@ -19,17 +19,12 @@ from safetensors.torch import save
 from repro_assets.recipe import Lora, TrainingSection
 from repro_assets.training import determinism
 from repro_assets.training.job import TrainingError
+from repro_assets.trust import artifact
 from repro_assets.trust.blob import Blob, BlobStore
-from repro_assets.trust.canonical import canonical, digest
+from repro_assets.trust.canonical import digest
 
 #: files of a base model that loading needs; the tokenizer's work was done when the shards were made
 NEEDED = re.compile(r"config\.json|generation_config\.json|[\w.-]+\.safetensors|[\w.-]+\.safetensors\.index\.json")
-
-#: keys of a released adapter_config.json; anything else (paths, revisions, run-time switches) stays here
-CONFIG_KEYS = (
-    "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "fan_in_fan_out", "init_lora_weights",
-    "use_rslora", "use_dora", "inference_mode", "modules_to_save", "rank_pattern", "alpha_pattern",
-)  # fmt: skip
 
 
 def fetch(store: BlobStore, files: Mapping[str, Blob], folder: Path) -> None:
@@ -240,13 +235,10 @@ def check_isolation(model: torch.nn.Module, dtype: torch.dtype, device: torch.de
 
 
 def adapter_config(model: Any, base: str) -> bytes:
-    """Canonical adapter_config.json: allowed keys, sorted targets, no path; the base model is named by its digest."""
+    """adapter_config.json as releases allow it; the base model is named by its digest."""
     config = model.peft_config["default"].to_dict()
-    kept = {key: config[key] for key in CONFIG_KEYS if key in config}
-    kept["target_modules"] = sorted(kept["target_modules"])
-    kept["peft_type"], kept["task_type"] = "LORA", "CAUSAL_LM"
-    kept["inference_mode"] = True
-    return canonical({**kept, "base_model_name_or_path": f"sha256:{base}"}) + b"\n"
+    kind, task = (getattr(config[name], "value", config[name]) for name in ("peft_type", "task_type"))
+    return artifact.clean_config({**config, "peft_type": kind, "task_type": task, "inference_mode": True}, f"sha256:{base}")
 
 
 def adapter_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:

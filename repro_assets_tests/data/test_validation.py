@@ -116,8 +116,8 @@ def test_good_shards_pass_every_rule_and_say_none_without_a_reference(case: Case
         "drift slice intent",
     }
     assert {name for name, verdict in found.items() if verdict == "none"} == {"drift lengths", "drift trained_tokens", "drift slice intent"}
-    assert {verdict for verdict in found.values()} == {"pass", "none"}
-    assert msgspec.to_builtins(report.reproduction) == {"drawn": 40, "equal": 40, "differing": []}
+    assert set(found.values()) == {"pass", "none"}
+    assert msgspec.to_builtins(report.reproduction) == {"drawn": 40, "equal": 40, "differing": ()}
     written = json.loads(case.store.get_bytes(report.report.sha256))
     assert written["distributions"]["now"]["slice intent"] == {"login": 8, "refund": 32}
     assert written["failing"] == {}
@@ -152,7 +152,7 @@ def test_a_defect_in_one_record_fails_its_rule_and_names_the_record(case: Case, 
     allowed |= {"totals"} if rule == "unique_ids" else set()
     assert set(failed) <= allowed, failed
     assert failed[rule].effect == (2 if rule == "unique_ids" else 1)
-    entry, leaf = next(iter(sharding.stored_leaves(planted["shards"], planted["shards_observed"], case.store)))
+    _entry, leaf = next(iter(sharding.stored_leaves(planted["shards"], planted["shards_observed"], case.store)))
     named = json.loads(case.store.get_bytes(report.report.sha256))["failing"][rule]
     assert named == [leaf.records[0]] * int(failed[rule].effect or 0)
 
@@ -231,7 +231,7 @@ def test_limits_of_the_recipe_are_held(case: Case, limits: ValidationSection, ru
 
 def test_truncation_and_untrained_records_are_judged(case: Case) -> None:
     """S1.11: what is cut off is a share of tokens with a limit, what is left out is a warning."""
-    section = ShardingSection(max_tokens=22)
+    section = ShardingSection(max_tokens=17)
     shards, observed = sharding.build(case.records, case.base_model, section, case.store)
     assert shards.truncated_tokens > 0
     report = case.judge(shards=shards, shards_observed=observed, recipe=recipe_of(CLEANING, sharding=section))
@@ -296,16 +296,15 @@ def test_the_draw_is_by_keyed_hash_and_stable_under_new_records() -> None:
 
 def test_ids_that_raw_does_not_give_are_found_by_record_and_line(case: Case) -> None:
     """S0.45, S0.46, S0.49: shards that look sound and are not what raw gives."""
-    planted = case.planted(
-        lambda leaf: remade(
-            leaf, ids=first(leaf.ids, np.roll(leaf.ids[0][:-1], 1).tolist() and np.append(np.roll(leaf.ids[0][:-1], 1), leaf.ids[0][-1]))
-        )
-    )
+    def turned(leaf: Leaf) -> Leaf:
+        return remade(leaf, ids=first(leaf.ids, np.append(np.roll(leaf.ids[0][:-1], 1), leaf.ids[0][-1])))
+
+    planted = case.planted(turned)
     report = case.judge(**planted)
     assert {name for name, verdict in verdicts(report).items() if verdict == "fail"} == {"reproduction"}
     (named,) = report.reproduction.differing
     assert (report.reproduction.drawn, report.reproduction.equal) == (40, 39)
-    entry, leaf = next(iter(sharding.stored_leaves(planted["shards"], planted["shards_observed"], case.store)))
+    _entry, leaf = next(iter(sharding.stored_leaves(planted["shards"], planted["shards_observed"], case.store)))
     line = next(place.line for place in records.places(case.store, case.records, "a b.jsonl") if place.id == leaf.records[0])
     assert named == f"{leaf.records[0]} (a b.jsonl:{line}): its tokens came out differently"
 
