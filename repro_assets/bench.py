@@ -102,12 +102,13 @@ class NotifierResource(dg.ConfigurableResource):
 
 
 class RecipeResource(dg.ConfigurableResource):
-    """One recipe for all assets of a run: `path` here, else REPRO_RECIPE, else the demo's."""
+    """One recipe for all assets of a run: `path` here, else REPRO_RECIPE, else the demo's. The name of a shipped one does too."""
 
-    path: str = Field(default="", description="recipe file; empty = REPRO_RECIPE, else the demo recipe")
+    path: str = Field(default="", description="recipe file, or name of a shipped one; empty = REPRO_RECIPE, else the demo recipe")
 
     def load(self) -> Loaded:
-        return recipes.load(self.path or os.environ.get("REPRO_RECIPE") or DEMO)
+        wanted = self.path or os.environ.get("REPRO_RECIPE") or str(DEMO)
+        return recipes.load(recipes.shipped(wanted) or wanted)
 
 
 class Bench(dg.ConfigurableResource):

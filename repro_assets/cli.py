@@ -1,89 +1,36 @@
-"""`repro ...`: what people type. Arguments, output and exit codes only; each command calls the module that does the work.
+"""`repro ...`: what people type. Arguments and words only; each command calls the module that does the work.
 
-Exit codes: 0 good, 1 finding (differs, gate failed, run failed), 2 wrong use, 3 a server or file is unreachable.
+Output, errors and exit codes (0 good, 1 finding, 2 wrong use, 3 unreachable) are `terminal.py`. Modules are imported inside the commands:
+`repro --help` should not wait for Dagster.
 """
 
 import json
 import os
+import shlex
 import sys
-import time
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from repro_assets.terminal import EXIT, Failure, explained
+from repro_assets.terminal import FINDING, GOOD, UNREACHABLE, WRONG_USE, Failure, Output, Program, code_of_name, command
 
-GOOD, FINDING, WRONG_USE, UNREACHABLE = 0, 1, 2, 3
+if TYPE_CHECKING:
+    from repro_assets.bench import Bench
+    from repro_assets.running import Ran
+
 SHARED = ("base_model", "eval_suites")
 
 
-class Output:
-    """Either a person's terminal or, with --json, one JSON value on stdout and nothing else there."""
-
-    def __init__(self, as_json: bool) -> None:
-        self.as_json = as_json
-        self.people = Console(stderr=as_json, highlight=False)
-
-    def say(self, text: str) -> None:
-        self.people.print(text, markup=False, soft_wrap=True)
-
-    def progress(self, asset: str, message: str) -> None:
-        self.people.print(f"  {asset:<18} {message}" if message else f"  {asset}", markup=False, style="dim", soft_wrap=True)
-
-    def rows(self, rows: list[dict[str, Any]]) -> None:
-        if not rows:
-            self.say("nothing yet")
-            return
-        table = Table(*(name.replace("_", " ") for name in rows[0]), box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*(escape("" if value is None else str(value)) for value in row.values()))
-        self.people.print(table)
-
-    def result(self, value: Any) -> None:
-        if self.as_json:
-            click.echo(json.dumps(msgspec.to_builtins(value, enc_hook=str), indent=2, sort_keys=True))
-
-
-def command(function: Callable[..., int | None]) -> Callable[..., None]:
-    """A command with --json and the exit codes; known failures become one message without a traceback."""
-
-    @click.option("--json", "as_json", is_flag=True, help="one JSON value on stdout, nothing else")
-    @wraps(function)
-    def run(*arguments: Any, as_json: bool, **options: Any) -> None:
-        out = Output(as_json)
-        try:
-            code = function(out, *arguments, **options)
-        except Failure as failure:
-            code, message = failure.code, str(failure)
-        except KeyboardInterrupt:
-            code, message = FINDING, "interrupted; the same command continues where this one stopped"
-        except EXIT as error:
-            code, message = explained(error)
-        else:
-            sys.exit(code or GOOD)
-        if as_json:
-            click.echo(json.dumps({"error": message, "exit_code": code}, indent=2, sort_keys=True))
-        click.echo(f"repro: {message}", err=True)
-        sys.exit(code)
-
-    return run
-
-
-def bench(recipe: str | None = None, up: bool = True) -> Any:
-    """The resources, with the embedded servers started when no external ones are named."""
+def bench(recipe: str | None = None, start: bool = True) -> "Bench":
+    """The resources; with `start` the embedded servers are started when no external ones are named."""
     from repro_assets import bench as made
-    from resources import servers
 
-    if up:
+    if start:
+        from resources import servers
+
         servers.connect(progress=lambda said: click.echo(said, err=True))
-    path = str(Path(recipe).resolve()) if recipe else ""
     return made.Bench(
         lake=made.LakeResource(),
         blobs=made.BlobsResource(),
@@ -91,15 +38,27 @@ def bench(recipe: str | None = None, up: bool = True) -> Any:
         gpu=made.ExecutorResource(),
         trust=made.KeysResource(),
         notices=made.NotifierResource(),
-        recipe=made.RecipeResource(path=path),
+        recipe=made.RecipeResource(path=recipe or ""),
     )
 
 
-recipe_option = click.option("--recipe", "-r", default=None, metavar="FILE", help="recipe file; default REPRO_RECIPE, else the demo's")
+def _recipe(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """A file, or the name of a recipe that ships with the project; absolute from here on."""
+    if not value:
+        return None
+    from repro_assets.recipe import shipped
+
+    return str(shipped(value) or Path(value).resolve())
+
+
+recipe_option = click.option(
+    "--recipe", "-r", default=None, metavar="RECIPE", callback=_recipe, help="file, or name of a shipped one; default REPRO_RECIPE, else demo"
+)
 snapshot_option = click.option("--snapshot", "-s", "key", required=True, metavar="KEY", help="snapshot key, or `newest`")
+maybe_snapshot_option = click.option("--snapshot", "-s", "key", default="newest", metavar="KEY", help="snapshot key; default the newest")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="repro-assets")
 @click.option("--home", default=None, metavar="DIR", help="state folder; default REPRO_HOME, else ./.repro")
 def main(home: str | None) -> None:
@@ -110,13 +69,16 @@ def main(home: str | None) -> None:
     os.environ.setdefault("WANDB_MODE", "offline")
 
 
+# ---- servers
+
+
 @main.command()
 @command
 def up(out: Output) -> None:
     """Start the embedded lakeFS and S3 servers; harmless when they run."""
     from resources import servers
 
-    where = servers.up(progress=out.say)
+    where = servers.up(progress=lambda said: click.echo(said, err=True))
     out.say(f"lakeFS {where.lakefs_endpoint}   S3 {where.s3_endpoint}   state {where.home}")
     out.result({"lakefs": where.lakefs_endpoint, "s3": where.s3_endpoint, "home": str(where.home)})
 
@@ -127,7 +89,7 @@ def down(out: Output) -> None:
     """Stop the embedded servers; nothing is lost."""
     from resources import servers
 
-    stopped = servers.down(progress=out.say)
+    stopped = servers.down(progress=lambda said: click.echo(said, err=True))
     out.say(f"stopped: {', '.join(stopped) or 'nothing was running'}")
     out.result({"stopped": stopped})
 
@@ -135,20 +97,20 @@ def down(out: Output) -> None:
 @main.command()
 @command
 def status(out: Output) -> int:
-    """Whether the embedded servers run, where, and since when."""
-    from resources import servers
+    """Whether the servers answer, and where. Starts nothing."""
+    from repro_assets.inspecting import servers_seen
 
-    found = [msgspec.to_builtins(item, enc_hook=str) for item in servers.status()]
-    out.rows(found)
-    out.result(found)
-    return GOOD if found and all(item.get("running", item.get("healthy")) for item in found) else FINDING
+    rows = servers_seen()
+    out.rows([{**row, "healthy": "yes" if row["healthy"] else "no"} for row in rows])
+    out.result({"servers": rows})
+    return GOOD if all(row["healthy"] for row in rows) else UNREACHABLE
 
 
 @main.command()
 @click.option("--show-secrets/--hide-secrets", default=True, help="secrets are printed so that `eval $(repro env)` works")
 @command
 def env(out: Output, show_secrets: bool) -> None:
-    """Environment variables for lakectl, the AWS CLI and boto3: `eval $(repro env)`."""
+    """Environment variables for lakectl, the AWS CLI and boto3: `eval "$(repro env)"`."""
     from resources.settings import Connections
 
     values = Connections.from_environment().environment()
@@ -156,8 +118,11 @@ def env(out: Output, show_secrets: bool) -> None:
         values = {name: "********" if "SECRET" in name else value for name, value in values.items()}
     if not out.as_json:
         for name, value in values.items():
-            click.echo(f"export {name}='{value}'")
+            click.echo(f"export {name}={shlex.quote(value)}")
     out.result(values)
+
+
+# ---- raw data
 
 
 @main.command("import")
@@ -167,12 +132,15 @@ def env(out: Output, show_secrets: bool) -> None:
 @command
 def import_(out: Output, paths: tuple[Path, ...], to: str, message: str) -> None:
     """Bring files or folders to the branch raw as one commit; prints the snapshot key."""
-    from repro_assets import importing, running
-    from repro_assets.partitions import snapshots
+    from repro_assets import importing
 
+    importing.listed(paths, to)  # wrong paths are told before any server is started
     made = bench()
-    done = importing.import_files(made.lake.client, made.blobs.store, paths, to=to, message=message, actor=made.actor)
-    running.open_instance().add_dynamic_partitions(str(snapshots.name), [done.key])
+    with out.bar("storing files") as progress:
+        done = importing.import_files(
+            made.lake.client, made.blobs.store, paths, to=to, message=message, actor=made.actor, progress=progress
+        )
+    _known(done.key)
     out.say(f"{done.files} files, {done.size:,} bytes" if done.new else f"{done.files} files, all there already as they are")
     out.say(f"snapshot {done.key}")
     out.result(vars(done))
@@ -183,14 +151,22 @@ def import_(out: Output, paths: tuple[Path, ...], to: str, message: str) -> None
 @command
 def commit_raw(out: Output, message: str) -> None:
     """Commit what other tools wrote to the branch raw; prints the snapshot key."""
-    from repro_assets import importing, running
-    from repro_assets.partitions import snapshots
+    from repro_assets import importing
 
     made = bench()
-    done = importing.commit_raw(made.lake.client, message, made.actor)
-    running.open_instance().add_dynamic_partitions(str(snapshots.name), [done.key])
+    done = importing.commit_raw(made.lake.client, made.blobs.store, message, made.actor)
+    _known(done.key)
     out.say(f"{done.files} objects committed\nsnapshot {done.key}")
     out.result(vars(done))
+
+
+def _known(key: str) -> None:
+    """Dagster's instance learns of a new snapshot, so that the UI offers it at once."""
+    from repro_assets import running
+    from repro_assets.partitions import snapshots
+
+    with running.open_instance() as instance:
+        instance.add_dynamic_partitions(str(snapshots.name), [key])
 
 
 @main.command()
@@ -202,14 +178,17 @@ def snapshots(out: Output, recipe: str | None) -> None:
 
     rows = Inspector(bench(recipe)).snapshots()
     out.rows([{**row, "raw_commit": row["raw_commit"][:12]} for row in rows])
-    out.result(rows)
+    out.result({"snapshots": rows})
+
+
+# ---- the graph
 
 
 @main.command()
 @click.option("--snapshot", "-s", "key", default=None, metavar="KEY", help="snapshot key, or `newest`; without it the shared assets")
 @click.option("--select", default="", metavar="ASSETS", help="comma-separated; default all")
 @recipe_option
-@click.option("--ranks", default=0, help="processes of the training; never changes a result")
+@click.option("--ranks", default=0, type=click.IntRange(0), help="processes of the training; never changes a result")
 @click.option("--no-memo", is_flag=True, help="execute again whatever is remembered, and compare")
 @click.option("--refresh-references", is_flag=True, help="look up baseline, drift reference, base model and suites anew")
 @click.option("--promote", is_flag=True, help="release even if a newer snapshot is in force")
@@ -220,56 +199,72 @@ def materialize(
     """Materialize assets through Dagster. Shared assets are made first when they are missing."""
     from repro_assets import promoting, running, stage
 
+    chosen = [_asset(name) for part in select.split(",") if (name := part.strip())]
+    shared, rest = [name for name in chosen if name in SHARED], [name for name in chosen if name not in SHARED]
+    if rest and not key:
+        raise Failure(WRONG_USE, f"{rest[0]} belongs to a snapshot: give --snapshot KEY (`repro snapshots` lists them)")
     made = bench(recipe)
-    chosen = tuple(name for name in (part.strip() for part in select.split(",")) if name)
+    made.recipe.load()
     flags = {stage.NO_MEMO: no_memo, stage.REFRESH: refresh_references, promoting.PROMOTE: promote}
     tags = {name: "true" for name, on in flags.items() if on}
-    instance = running.open_instance()
-    started = time.monotonic()
     runs = []
-    shared = tuple(name for name in chosen if name in SHARED)
-    rest = tuple(name for name in chosen if name not in SHARED)
-    if shared or not chosen and (key is None or _shared_missing(made)):
-        runs.append(running.materialize(instance, key=None, select=shared, recipe=recipe, tags=tags, say=out.progress))
-    if key and (rest or not chosen) and all(ran.success for ran in runs):
-        runs.append(running.materialize(instance, key=_key(made, key), select=rest, recipe=recipe, ranks=ranks, tags=tags, say=out.progress))
-    elif rest and not key:
-        raise Failure(WRONG_USE, f"{rest[0]} belongs to a snapshot: give --snapshot KEY (`repro snapshots` lists them)")
-    good = all(ran.success and not ran.failed_checks for ran in runs)
+    with running.open_instance() as instance:
+        if key:
+            key = _key(made, key)
+        if shared or (not chosen and (key is None or _shared_missing(made))):
+            runs.append(running.materialize(instance, key=None, select=shared, recipe=recipe, tags=tags, say=out.progress))
+        if key and (rest or not chosen) and all(ran.success for ran in runs):
+            runs.append(running.materialize(instance, key=key, select=rest, recipe=recipe, ranks=ranks, tags=tags, say=out.progress))
+    return _told(out, runs)
+
+
+def _told(out: Output, runs: list["Ran"]) -> int:
     rows = [
-        {"asset": name, "data_version": str(told["data version"])[:12], "commit": str(told["lakeFS commit"])[:12], "executed": told["executed"]}
+        {
+            "asset": name,
+            "data_version": str(told["data version"])[:12],
+            "commit": str(told["lakeFS commit"])[:12],
+            "executed": told["executed"] == "yes",
+            "seconds": ran.seconds.get(name),
+        }
         for ran in runs
         for name, told in ran.assets.items()
     ]
-    out.rows(rows)
+    out.rows([{**row, "executed": "yes" if row["executed"] else "no, recalled"} for row in rows])
     for ran in runs:
         for check in ran.failed_checks:
             out.say(f"check failed: {check}")
+    listed = [
+        {"run_id": ran.run_id, "success": ran.success, "failed_checks": ran.failed_checks, "failure": ran.failure, "error": ran.error}
+        for ran in runs
+    ]
+    out.result({"runs": listed, "assets": rows})
+    for ran in runs:
         if not ran.success:
-            out.say(ran.failure or "the run failed")
-    out.say(f"{time.monotonic() - started:.1f} s")
-    out.result({"runs": [{"run_id": ran.run_id, "success": ran.success, "failed_checks": ran.failed_checks, "failure": ran.failure} for ran in runs], "assets": rows})
-    return GOOD if good else FINDING
+            click.echo(f"repro: {ran.failure or 'the run failed'}", err=True)
+            return code_of_name(ran.error) if ran.error else FINDING
+    return FINDING if any(ran.failed_checks for ran in runs) else GOOD
 
 
-def _shared_missing(made: Any) -> bool:
+def _shared_missing(made: "Bench") -> bool:
     from repro_assets.shelf import MissingDocument, Shelf
 
-    shelf = Shelf(made.lake.client, made.blobs.store)
     made.lake.client.ensure()
+    shelf, name = Shelf(made.lake.client, made.blobs.store), made.recipe.load().recipe.name
     try:
-        for name in SHARED:
-            shelf.shared(made.recipe.load().recipe.name, name, None)
+        for asset in SHARED:
+            shelf.shared(name, asset, None)
     except MissingDocument:
         return True
     return False
 
 
-def _key(made: Any, key: str) -> str:
+def _key(made: "Bench", key: str) -> str:
+    from repro_assets.partitions import checked
     from repro_assets.shelf import Shelf
 
     if key != "newest":
-        return key
+        return checked(key)
     made.lake.client.ensure()
     newest = next(Shelf(made.lake.client, made.blobs.store).raw_commits(), None)
     if newest is None:
@@ -277,47 +272,51 @@ def _key(made: Any, key: str) -> str:
     return newest[0]
 
 
+def _asset(name: str) -> str:
+    import difflib
+
+    from repro_assets.documents import KINDS
+
+    if name not in KINDS:
+        near = difflib.get_close_matches(name, KINDS, 1)
+        raise Failure(WRONG_USE, f"no asset {name!r}{f'; did you mean {near[0]}?' if near else ''} Known: {', '.join(KINDS)}")
+    return name
+
+
 @main.command()
 @click.argument("asset")
-@click.option("--snapshot", "-s", "key", default=None, metavar="KEY", help="snapshot key, or `newest`")
+@maybe_snapshot_option
 @recipe_option
 @command
-def show(out: Output, asset: str, key: str | None, recipe: str | None) -> None:
+def show(out: Output, asset: str, key: str, recipe: str | None) -> None:
     """The document of one asset: content, what was observed, how it was made."""
+    import msgspec
+
     from repro_assets.inspecting import Inspector
 
     made = bench(recipe)
-    document = Inspector(made).show(_asset(asset, key), _key(made, key) if key else None)
+    document = Inspector(made).show(_asset(asset), None if asset in SHARED else _key(made, key))
     value = {"digest": document.digest, **msgspec.to_builtins(document)}
     if not out.as_json:
         out.people.print_json(json.dumps(value))
     out.result(value)
 
 
-def _asset(name: str, key: str | None) -> str:
-    from repro_assets.documents import KINDS
-
-    if name not in KINDS:
-        raise Failure(WRONG_USE, f"no asset {name!r}; known: {', '.join(KINDS)}")
-    if name not in SHARED and key is None:
-        raise Failure(WRONG_USE, f"{name} belongs to a snapshot: give --snapshot KEY (`repro snapshots` lists them)")
-    return name
-
-
 @main.command()
 @click.argument("asset")
-@click.option("--snapshot", "-s", "key", default=None, metavar="KEY", help="snapshot key, or `newest`")
+@maybe_snapshot_option
 @recipe_option
 @command
-def why(out: Output, asset: str, key: str | None, recipe: str | None) -> int:
+def why(out: Output, asset: str, key: str, recipe: str | None) -> int:
     """Why an asset would be executed again: what differs in its memo key, in words. Exit code 1 when something does."""
     from repro_assets.inspecting import Inspector
 
     made = bench(recipe)
-    differs = Inspector(made).why(_asset(asset, key), _key(made, key) if key else None)
+    found = None if _asset(asset) in SHARED else _key(made, key)
+    differs = Inspector(made).why(asset, found)
     for line in differs or [f"{asset}: nothing differs; it would be recalled from the memo"]:
         out.say(line)
-    out.result({"asset": asset, "differs": differs})
+    out.result({"asset": asset, "snapshot": found, "differs": differs})
     return FINDING if differs else GOOD
 
 
@@ -331,24 +330,36 @@ def verify(out: Output, key: str, recipe: str | None, deep: bool) -> int:
     from repro_assets.inspecting import Inspector
 
     made = bench(recipe)
-    found = list(Inspector(made).verify(_key(made, key), deep))
-    for item in found:
+    return _findings(out, Inspector(made).verify(_key(made, key), deep))
+
+
+def _findings(out: Output, findings: Iterator[Any]) -> int:
+    seen = []
+    for item in findings:
         out.say(f"{'ok  ' if item.good else 'BAD '} {item.what}: {item.seen}")
-    out.result([vars(item) for item in found])
-    return GOOD if all(item.good for item in found) else FINDING
+        seen.append(item)
+    out.result({"good": all(item.good for item in seen), "findings": [vars(item) for item in seen]})
+    return max((item.code for item in seen if not item.good), default=GOOD)
 
 
 @main.command()
 @snapshot_option
 @recipe_option
-@click.option("--ranks", default=2, show_default=True, help="processes of the re-executed training; another number than the original's can earn R4")
+@click.option(
+    "--ranks",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1),
+    help="processes of the re-executed training; another number than the original's can earn R4",
+)
 @command
 def reproduce(out: Output, key: str, recipe: str | None, ranks: int) -> int:
     """Re-execute a snapshot without the memo, compare every digest, sign a certificate."""
     from repro_assets import reproducing, running
 
     made = bench(recipe)
-    proof = reproducing.reproduce(running.open_instance(), made, _key(made, key), recipe=recipe, ranks=ranks, say=out.progress)
+    with running.open_instance() as instance:
+        proof = reproducing.reproduce(instance, made, _key(made, key), recipe=recipe, ranks=ranks, say=out.progress)
     for part in proof.parts:
         out.say(f"{part.scope}: {part.compared} digests compared, {len(part.differences)} differ")
     out.say(f"certificate {proof.grade}: {proof.certificate.sha256}" if proof.grade else f"differs: {proof.first_in_words}")
@@ -356,16 +367,22 @@ def reproduce(out: Output, key: str, recipe: str | None, ranks: int) -> int:
     return GOOD if proof.grade else FINDING
 
 
+# ---- releases
+
+
 @main.command()
-@click.argument("number", type=int)
+@click.argument("number", type=click.IntRange(1))
 @click.option("--reason", "-m", required=True, help="why; written into the release")
 @command
 def rollback(out: Output, number: int, reason: str) -> None:
     """Put an earlier release in force again, as a new release; its decision is verified anew."""
+    import msgspec
+
     from repro_assets import promoting
     from repro_assets.releases import Releases
 
     made = bench()
+    made.lake.client.ensure()
     release, commit = promoting.roll_back(Releases(made.lake.client, made.blobs.store), made.signing, number, reason)
     out.say(f"release {release.number} restores release {number}; commit {commit[:12]} on main")
     out.result({**msgspec.to_builtins(release), "commit": commit})
@@ -381,7 +398,10 @@ def releases(out: Output) -> None:
     made.lake.client.ensure()
     rows = [told(release) for release in Releases(made.lake.client, made.blobs.store).all()]
     out.rows(rows)
-    out.result(rows)
+    out.result({"releases": rows})
+
+
+# ---- upkeep
 
 
 @main.command()
@@ -389,10 +409,10 @@ def releases(out: Output) -> None:
 def rebuild(out: Output) -> None:
     """Give an empty Dagster instance its partitions and materializations back from lakeFS."""
     from repro_assets import rebuilding, running
-    from repro_assets.shelf import Shelf
 
     made = bench()
-    done = rebuilding.rebuild(running.open_instance(), Shelf(made.lake.client, made.blobs.store))
+    with running.open_instance() as instance, out.bar("reading documents") as progress:
+        done = rebuilding.rebuild(instance, made, progress=progress)
     out.say(f"{done.keys} partition keys and {done.materializations} materializations restored")
     out.result(vars(done))
 
@@ -401,14 +421,10 @@ def rebuild(out: Output) -> None:
 @recipe_option
 @command
 def doctor(out: Output, recipe: str | None) -> int:
-    """Whether this machine, its servers and keys are in order."""
-    from repro_assets.inspecting import Inspector
+    """Whether this machine, its servers and keys are in order. Starts nothing."""
+    from repro_assets.inspecting import examine
 
-    found = list(Inspector(bench(recipe)).doctor())
-    for item in found:
-        out.say(f"{'ok  ' if item.good else 'BAD '} {item.what}: {item.seen}")
-    out.result([vars(item) for item in found])
-    return GOOD if all(item.good for item in found) else FINDING
+    return _findings(out, examine(bench(recipe, start=False)))
 
 
 @main.group()
@@ -421,6 +437,7 @@ def recipe() -> None:
 @command
 def recipe_show(out: Output, recipe: str | None) -> None:
     """The recipe with every default written out."""
+    import msgspec
     from ruamel.yaml import YAML
 
     from repro_assets.bench import RecipeResource
@@ -437,14 +454,14 @@ def recipe_show(out: Output, recipe: str | None) -> None:
 @command
 def dev(out: Output) -> None:
     """The Dagster UI and its daemon until Ctrl-C. The lakeFS and S3 servers keep running: `repro down` stops them."""
-    from repro_assets import running, services
+    from repro_assets import services
 
     bench()
-    running.open_instance()
-    with services.running() as url:
-        out.say(f"Dagster UI  {url}\nAll automation ships stopped: start sensors and schedules on the Automation page. Ctrl-C ends the UI.")
-        while True:
-            time.sleep(3600)
+    with services.running() as ui:
+        out.say(f"Dagster UI  {ui.url}\nAll automation ships stopped: start sensors and schedules on the Automation page. Ctrl-C ends the UI.")
+        out.result({"url": ui.url})
+        ui.wait()
+    out.say("the UI is stopped; `repro down` stops the servers")
 
 
 @main.command()

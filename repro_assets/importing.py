@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,12 +22,15 @@ class CannotImport(Exception):
 
 @dataclass(frozen=True)
 class Imported:
-    """The snapshot that an import made or found: its key, raw commit, how many files, bytes, and whether anything was new."""
+    """The snapshot that an import made or found: its key, raw commit, how many files, and whether anything was new.
+
+    `size` in bytes, of imported files; null for what other tools wrote, which is not read here.
+    """
 
     key: str
     commit: str
     files: int
-    size: int
+    size: int | None
     new: bool
 
 
@@ -39,23 +42,37 @@ def listed(paths: Iterable[Path], to: str = "") -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in paths:
         if not path.exists():
-            raise CannotImport(f"{path}: no such file or folder")
+            raise CannotImport(f"{path}: no such file or folder; check the spelling, and quote a name that has spaces")
         root = path if path.is_dir() else path.parent
-        files = sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names) if path.is_dir() else [path]
-        for file in files:
+        for file in sorted(_walk(path)) if path.is_dir() else [path]:
             raw = str(PurePosixPath(to, *file.relative_to(root).parts))
             if file.is_symlink() or not stat.S_ISREG(file.stat().st_mode):
-                raise CannotImport(f"{file}: not a regular file; import the file it stands for (links are not followed: they may leave the folder)")
+                raise CannotImport(
+                    f"{file}: not a regular file; import what it stands for (links are not followed: they may lead out of the folder)"
+                )
             try:
                 checked_path(raw)
             except ValueError as error:
                 raise CannotImport(f"{file}: {error}") from None
+            if raw in found and found[raw].samefile(file):
+                continue
             if raw in found:
                 raise CannotImport(f"{file} and {found[raw]} would both become {raw!r} on raw: rename one, or import them with different --to")
             found[raw] = file
     if not found:
         raise CannotImport("nothing to import: the folders hold no file")
     return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below, and links to folders, so that they are refused rather than left out unseen."""
+
+    def unreadable(error: OSError) -> None:
+        raise CannotImport(f"{error.filename}: {error.strerror}; make it readable, or import the other folders one by one") from error
+
+    for inner, folders, names in os.walk(folder, onerror=unreadable):
+        yield from (Path(inner) / name for name in names)
+        yield from (link for name in folders if (link := Path(inner) / name).is_symlink())
 
 
 def import_files(
@@ -78,27 +95,32 @@ def import_files(
     Shelf(lake, blobs).refuse_uncommitted()
     names = sorted(files)
     stored: dict[str, Blob] = {}
+    if progress:
+        progress(0, len(names))
     for start in range(0, len(names), BATCH):
         part = names[start : start + BATCH]
         stored |= dict(zip(part, blobs.put_many([files[name] for name in part]), strict=True))
         if progress:
             progress(len(stored), len(names))
-    said = message or f"import {len(names)} files" + (f" to {to}" if to else "")
+    said = message or f"import {len(names)} file{'s' * (len(names) > 1)}" + (f" to {to}" if to else "")
     written = lake.write(RAW, "", stored, message=said, metadata={"asset": "raw", "actor": actor, **(metadata or {})}, replace=False)
-    return _made(lake, written.commit, len(names), sum(blob.size for blob in stored.values()), written.created)
+    # nothing new: raw as it is now holds the files, whichever commits brought them
+    commit = written.commit if written.created else lake.head(RAW)
+    return _made(lake, blobs, commit, len(names), sum(blob.size for blob in stored.values()), written.created)
 
 
-def commit_raw(lake: Lake, message: str, actor: str = "") -> Imported:
+def commit_raw(lake: Lake, blobs: Blobs, message: str, actor: str = "") -> Imported:
     """Commit what other tools staged on raw. Raises NothingToCommit when nothing is staged."""
     lake.ensure()
     staged = list(lake.uncommitted(RAW))
     if not staged:
         raise NothingToCommit("nothing is staged on the branch raw: write objects to it first (S3 gateway, lakectl fs upload), or use `repro import`")
     commit = lake.commit_staged(RAW, message, {"asset": "raw", "actor": actor})
-    return _made(lake, commit, len(staged), 0, True)
+    return _made(lake, blobs, commit, len(staged), None, True)
 
 
-def _made(lake: Lake, commit: str, files: int, size: int, new: bool) -> Imported:
+def _made(lake: Lake, blobs: Blobs, commit: str, files: int, size: int | None, new: bool) -> Imported:
+    """The snapshot of a raw commit, pinned and with a branch of its own."""
     key = key_of(commit, lake.commit_info(commit).created)
-    lake.pin(key, commit)
+    Shelf(lake, blobs).snapshot(key)
     return Imported(key, commit, files, size, new)

@@ -1,41 +1,41 @@
-"""Answers about what is there: snapshots, one document, why an asset would be made again, verification, health. Reads only."""
+"""Answers about what is there: snapshots, one document, why an asset would be made again, and whether machine and servers are in order.
 
+Reads only. Verification of a snapshot is `verifying.py`.
+"""
+
+import importlib
+import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
-
-from repro_assets import raw
 from repro_assets.bench import Bench
-from repro_assets.documents import KINDS, Document, RawFile
-from repro_assets.memo import Memo
+from repro_assets.documents import KINDS, Document
 from repro_assets.releases import Releases
-from repro_assets.shelf import MissingDocument, Shelf, Snapshot
+from repro_assets.shelf import SHARED_ASSETS, MissingDocument, Shelf
 from repro_assets.stage import SECTIONS
-from repro_assets.trust.blob import BlobError
-from repro_assets.trust.closure import closure
+from repro_assets.terminal import FINDING, explained
+from repro_assets.trust.canonical import digest, sha256
+from repro_assets.trust.closure import Closure, closure
+from repro_assets.trust.environment import capture, hardware_class, lock_bytes
 from repro_assets.trust.memo import differing
-from repro_assets.trust.statements import PROVENANCE, TEST_RESULT, VSA, timeless
-from repro_assets.trust.canonical import digest
-from repro_assets.trust.verification import Refused, verify
+from resources.errors import StorageError
+from resources.lake import Lake
+from resources.servers import ServerError
+from resources.settings import Connections
 
-ROLES = {
-    "training_bundle": ("builder", PROVENANCE),
-    "qlora_checkpoint": ("builder", PROVENANCE),
-    "eval_results": ("evaluator", TEST_RESULT),
-    "promotion": ("approver", VSA),
-}
+FREE_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: `good` or not, and what was seen."""
+    """One thing that was looked at: `good` or not, what was seen, and the exit code it stands for when it is not good."""
 
     what: str
     good: bool
     seen: str
+    code: int = FINDING
 
 
 class Inspector:
@@ -43,24 +43,29 @@ class Inspector:
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        self.lake = bench.lake.client
-        self.shelf = Shelf(self.lake, bench.blobs.store)
         self.recipe = bench.recipe.load().recipe
+        self.lake: Lake = bench.lake.client
+        self.shelf = Shelf(self.lake, bench.blobs.store)
+        self.lake.ensure()
 
-    def head(self, key: str) -> tuple[Snapshot, str]:
-        snapshot = self.shelf.snapshot(key)
-        return snapshot, self.lake.head(snapshot.branch)
+    def head(self, key: str) -> str:
+        """The commit that holds all work on a snapshot now. Raises MissingDocument for a key that no raw commit made."""
+        return self.lake.head(self.shelf.snapshot(key).branch)
 
     def snapshots(self) -> list[dict[str, Any]]:
         """Every snapshot, newest first: key, raw commit, assets made under the recipe, decision, release."""
-        self.lake.ensure()
-        released = {release.snapshot: release.number for release in Releases(self.lake, self.shelf.blobs).all() if release.kind == "promotion"}
+        released = {
+            release.snapshot: release.number
+            for release in Releases(self.lake, self.shelf.blobs).all()
+            if release.kind == "promotion" and release.recipe == self.recipe.name
+        }
+        heads = dict(self.lake.branches("snapshot-"))
         rows = []
         for key, commit in self.shelf.raw_commits():
             made, decision = 0, ""
-            if self.lake.exists(f"snapshot-{key}"):
-                head = self.lake.head(f"snapshot-{key}")
-                made = sum(self.shelf.digest_at(head, key, self.recipe.name, asset) is not None for asset in KINDS)
+            if head := heads.get(f"snapshot-{key}"):
+                partitioned = [asset for asset in KINDS if asset not in SHARED_ASSETS]
+                made = sum(self.shelf.digest_at(head, key, self.recipe.name, asset) is not None for asset in partitioned)
                 promotion = self.shelf.read(head, key, self.recipe.name, "promotion")
                 decision = promotion.result.decision if promotion else ""
             rows.append({"snapshot": key, "raw_commit": commit, "assets": made, "decision": decision, "release": released.get(key)})
@@ -70,128 +75,184 @@ class Inspector:
         """The document of an asset. Raises MissingDocument naming the command that makes it."""
         if key is None:
             return self.shelf.shared(self.recipe.name, asset, None)
-        _snapshot, head = self.head(key)
+        return self._document(asset, key, self.head(key))
+
+    def _document(self, asset: str, key: str, head: str) -> Document[Any, Any]:
         found = self.shelf.read(head, key, self.recipe.name, asset)
         if found is None:
             raise MissingDocument(
-                f"{asset} of snapshot {key} was never made under recipe {self.recipe.name!r}: run `repro materialize --snapshot {key} --select {asset}`"
+                f"{asset} of snapshot {key} was never made under recipe {self.recipe.name!r}: "
+                f"run `repro materialize --snapshot {key} --select {asset}`"
             )
         return found
 
+    # ---- why
+
     def why(self, asset: str, key: str | None) -> list[str]:
-        """What differs, in words, between how the asset was last made and how it would be made now. Empty: nothing does."""
-        document = self.show(asset, key)
-        was = document.made.components
-        now = {**was, "section": SECTIONS[asset](self.recipe), "schema": KINDS[asset][0].schema}
-        said = differing(was, now)
-        if document.made.sources:
-            code = closure(_code(asset))
-            said += [f"{asset}: code of {name} changed" for name, found in sorted(code.sources.items()) if document.made.sources.get(name) != found]
-            said += [f"{asset}: code of {name} is no longer reached" for name in sorted(document.made.sources.keys() - code.sources.keys())]
-        if key is not None:
-            _snapshot, head = self.head(key)
-            for upstream, read in document.inputs.items():
-                there = self.shelf.digest_at(head, key, self.recipe.name, upstream) if upstream in KINDS and upstream not in ("base_model", "eval_suites") else None
-                if there and there != read:
-                    said.append(f"{asset}: input {upstream} was {read[:12]}, is {there[:12]} now")
+        """What differs, in words, between how the asset and all it stands on were last made and how they would be made now.
+
+        Upstream first. Empty: nothing differs. Raises MissingDocument when the asset was never made.
+        """
+        head = self.head(key) if key else ""
+        documents: dict[str, Document[Any, Any]] = {}
+
+        def gather(name: str) -> None:
+            if name in documents or name not in KINDS:
+                return
+            documents[name] = self.shelf.shared(self.recipe.name, name, key) if name in SHARED_ASSETS else self._document(name, str(key), head)
+            for upstream in documents[name].inputs:
+                gather(upstream)
+
+        gather(asset)
+        said = []
+        for name in KINDS:
+            if name in documents:
+                said += self._differences(documents[name], documents)
         return said
 
-    def verify(self, key: str, deep: bool = False) -> Iterator[Finding]:
-        """Read every document and every blob it names, check every signature; `deep` hashes the raw objects again too."""
-        snapshot, head = self.head(key)
-        documents: dict[str, Document[Any, Any]] = {}
-        for asset in KINDS:
-            if asset in ("base_model", "eval_suites"):
-                continue
-            try:
-                found = self.shelf.read(head, key, self.recipe.name, asset)
-            except (BlobError, ValueError) as error:
-                yield Finding(asset, False, str(error))
-                continue
-            if found is None:
-                continue
-            documents[asset] = found
-            yield from self._blobs(asset, found)
-            if asset in ROLES:
-                yield self._signature(asset, found)
-            for upstream, read in found.inputs.items():
-                if upstream in documents and documents[upstream].digest != read:
-                    yield Finding(asset, False, f"was made from {upstream} {read[:12]}, which is {documents[upstream].digest[:12]} now")
-        if not documents:
-            yield Finding(key, False, f"nothing was made of this snapshot under recipe {self.recipe.name!r}")
-        if deep and "raw_snapshot" in documents:
-            yield from self._raw(snapshot, documents["raw_snapshot"].result.files_listed)
+    def _differences(self, document: Document[Any, Any], documents: dict[str, Document[Any, Any]]) -> list[str]:
+        asset, was = type(document.result).asset, document.made.components
+        reached = closure(code_of(asset))
+        now = {
+            **was,
+            "schema": KINDS[asset][0].schema,
+            "section": SECTIONS[asset](self.recipe),
+            "code": reached.digest,
+            "inputs": {name: self._input(name, value, document, documents) for name, value in was.get("inputs", {}).items()},
+        }
+        if "hardware" in was:
+            now |= {"hardware": hardware_class(), "lock": sha256(lock_bytes() or b"")}
+        said = [line for line in differing(was, now) if not line.startswith(f"{asset}: code ")]
+        if was.get("code") != reached.digest:
+            said += [f"{asset}: {line}" for line in _changed(document.made.sources, reached)]
+        for name, read in document.inputs.items():
+            there = documents[name].digest if name in documents and name not in SHARED_ASSETS else read
+            if there != read and not any(f"inputs.{name} " in line for line in said):
+                said.append(f"{asset}: was made from {name} {read[:12]}, which is {there[:12]} now")
+        return said
 
-    def _blobs(self, asset: str, document: Document[Any, Any]) -> Iterator[Finding]:
-        bad = 0
-        files = document.files()
-        for path, blob in files.items():
-            try:
-                with self.bench.blobs.store.without_cache().open(blob.sha256) as stream:
-                    while stream.read(1 << 20):
-                        pass
-            except BlobError as error:
-                bad += 1
-                yield Finding(f"{asset}/{path}", False, str(error))
-        if not bad:
-            yield Finding(asset, True, f"document {document.digest[:12]} and {len(files)} blobs")
+    def _input(self, name: str, value: str, document: Document[Any, Any], documents: dict[str, Document[Any, Any]]) -> str:
+        """What this part of the key would be now. Shared assets stay as the document named them until references are refreshed."""
+        if name == "adapter" and "qlora_checkpoint" in documents:
+            return str(documents["qlora_checkpoint"].result.tensors)
+        if name in documents and name not in SHARED_ASSETS:
+            return digest(documents[name].result)
+        return value
 
-    def _signature(self, asset: str, document: Document[Any, Any]) -> Finding:
-        role, predicate = ROLES[asset]
+
+def code_of(asset: str) -> str:
+    """The module whose closure makes the asset."""
+    return str(importlib.import_module(f"repro_assets.assets.{asset}").CODE)
+
+
+def _changed(was: dict[str, str], now: Closure) -> Iterator[str]:
+    for name in sorted(was.keys() | now.sources.keys()):
+        if name not in now.sources:
+            yield f"code of {name} is no longer reached"
+        elif name not in was:
+            yield f"code of {name} is reached now"
+        elif was[name] != now.sources[name]:
+            yield f"code of {name} changed"
+    if was == now.sources:
+        yield "the version of a library it names changed: " + ", ".join(f"{name} {version}" for name, version in now.libraries.items())
+
+
+# ---- servers and machine
+
+
+def servers_seen() -> list[dict[str, Any]]:
+    """One row per server: name, endpoint, whether it answers; pid and log of embedded ones. Starts nothing."""
+    from resources import servers
+
+    if not os.environ.get("LAKECTL_SERVER_ENDPOINT_URL"):
+        return [
+            {"name": row.name, "endpoint": row.endpoint, "healthy": row.healthy, "pid": row.pid, "log": str(row.log)}
+            for row in servers.status()
+        ]
+    where = Connections.from_environment()
+    rows = []
+    for name, endpoint, look in (("s3", where.s3_endpoint or "AWS", _look_at_s3), ("lakefs", where.lakefs_endpoint, _look_at_lakefs)):
         try:
-            envelope = self.shelf.blobs.get_bytes(document.observed.envelope.sha256)
-            statement = verify(envelope, trust=self.bench.signing.trust, role=role, predicate_type=predicate, subjects=_subject(asset, document, envelope))
-        except (BlobError, Refused) as error:
-            return Finding(f"{asset}: signature", False, str(error))
-        if asset == "training_bundle" and digest(timeless(statement)) != document.result.statement.sha256:
-            return Finding(f"{asset}: signature", False, "the signed statement is not the one that the document names")
-        return Finding(f"{asset}: signature", True, f"signed by a trusted {role}")
-
-    def _raw(self, snapshot: Snapshot, files: tuple[RawFile, ...]) -> Iterator[Finding]:
-        reader = raw.Reader(self.lake, Memo(self.bench.objects, self.bench.blobs.store, self.bench.signing), again=True)
-        bad = 0
-        for file in files:
-            found = reader.digest(snapshot.commit, self.lake.stat(snapshot.commit, file.path))
-            if found != file.sha256:
-                bad += 1
-                yield Finding(f"raw {file.path}", False, f"SHA-256 is {found}, the snapshot says {file.sha256}: restore the object from a copy")
-        if not bad:
-            yield Finding("raw", True, f"{len(files)} raw objects read again, every SHA-256 as recorded")
-
-    def doctor(self) -> Iterator[Finding]:
-        """Whether this machine and its servers can do the work."""
-        from repro_assets.trust.environment import capture, hardware_class
-
-        where = self.bench.lake.connections
-        self.lake.ensure()
-        yield Finding("lakeFS", True, f"{where.lakefs_endpoint}, repository {where.repository}, main at {self.lake.head('main')[:12]}")
-        self.bench.objects.list("memo/none")
-        yield Finding("S3", True, f"{where.s3_endpoint or 'AWS'}, buckets {where.blobs_bucket}, {where.jobs_bucket}, {where.lake_bucket}")
-        staged = list(self.lake.uncommitted("raw"))
-        yield Finding("raw", not staged, f"{len(staged)} uncommitted objects: `repro commit-raw`" if staged else "nothing uncommitted")
-        trust = self.bench.signing.trust
-        yield Finding("keys", True, f"{len(trust.keys)} trusted keys, {len(trust.revoked.keys)} revoked ({self.bench.signing.trust_file})")
-        free = shutil.disk_usage(where.home if where.home.exists() else ".").free
-        yield Finding("disk", free > 5 * 10**9, f"{free / 1e9:.0f} GB free" + ("" if free > 5 * 10**9 else ": below 5 GB, make room before training"))
-        environment = capture()
-        yield Finding("hardware", True, hardware_class())
-        yield Finding("lock", environment.lock is not None, environment.lock or "no requirements.lock beside the package: set REPRO_LOCK")
-        state = environment.git
-        yield Finding("git", True, f"{state.commit[:12]}{' with uncommitted changes' if state.dirty else ''}" if state else environment.git_absent)
+            look(where)
+            healthy = True
+        except (StorageError, ServerError, OSError):
+            healthy = False
+        rows.append({"name": name, "endpoint": endpoint, "healthy": healthy, "pid": None, "log": None})
+    return rows
 
 
-def _code(asset: str) -> str:
-    from repro_assets import assets  # noqa: F401  the asset modules name the module whose closure makes them
-    import sys
+def _look_at_lakefs(where: Connections) -> str:
+    from resources.lake.client import Patience
 
-    return str(sys.modules[f"repro_assets.assets.{asset}"].CODE)
+    head = Lake.connect(where, patience=replace(Patience(), attempts=1)).head("main")
+    return f"{where.lakefs_endpoint}, repository {where.repository}, main at {head[:12]}"
 
 
-def _subject(asset: str, document: Document[Any, Any], envelope: bytes) -> dict[str, str] | str:
-    if asset == "qlora_checkpoint":
-        return {f"adapter/{name}": blob.sha256 for name, blob in document.result.adapter.items()}
-    from repro_assets.trust.statements import subject_digests
-    import base64
+def _look_at_s3(where: Connections) -> str:
+    from resources.blobs import Blobs, Objects
 
-    statement = msgspec.json.decode(base64.b64decode(msgspec.json.decode(envelope)["payload"]))
-    return subject_digests(statement)
+    Objects.connect(where).exists("memo/none")
+    Blobs.connect(where).exists("0" * 64)
+    return f"{where.s3_endpoint or 'AWS'}, buckets {where.blobs_bucket} and {where.jobs_bucket}"
+
+
+def examine(bench: Bench) -> Iterator[Finding]:
+    """Whether this machine and its servers can do the work. Every point is looked at, whatever the one before it said."""
+    points: dict[str, Callable[[Bench], str | Finding]] = {
+        "recipe": lambda bench: str(bench.recipe.load().path),
+        "lakeFS": lambda bench: _look_at_lakefs(bench.lake.connections),
+        "S3": lambda bench: _look_at_s3(bench.lake.connections),
+        "raw": _raw,
+        "keys": _keys,
+        "disk": _disk,
+        "hardware": lambda bench: hardware_class(),
+        "lock": _lock,
+        "git": _git,
+    }
+    for what, look in points.items():
+        try:
+            found = look(bench)
+        except Exception as error:  # a doctor reports what it meets
+            known = explained(error)
+            if known is None:
+                raise
+            yield Finding(what, False, known[1], known[0])
+        else:
+            yield found if isinstance(found, Finding) else Finding(what, True, found)
+
+
+def _raw(bench: Bench) -> str | Finding:
+    if not bench.lake.client.exists("raw"):
+        return "no branch raw yet: `repro import PATH` makes it"
+    staged = list(bench.lake.client.uncommitted("raw"))
+    return Finding("raw", False, f"{len(staged)} uncommitted objects: `repro commit-raw -m MESSAGE`") if staged else "nothing uncommitted"
+
+
+def _keys(bench: Bench) -> str:
+    signing = bench.signing
+    if signing.configured is None and not signing.trust_file.exists():
+        return f"none yet: local ones are made under {signing.folder} when something is signed"
+    trust = signing.trust
+    return f"{len(trust.keys)} trusted, {len(trust.revoked.keys)} revoked ({signing.trust_file})"
+
+
+def _disk(_bench: Bench) -> str | Finding:
+    from resources.settings import home_folder
+
+    folder = home_folder()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    said = f"{free / 1e9:.0f} GB free under {folder}"
+    return said if free > FREE_BYTES else Finding("disk", False, f"{said}: make room before training, or move REPRO_HOME")
+
+
+def _lock(_bench: Bench) -> str | Finding:
+    found = capture().lock
+    return found if found else Finding("lock", False, "no requirements.lock beside the package: set REPRO_LOCK, or work from a checkout")
+
+
+def _git(_bench: Bench) -> str:
+    environment = capture()
+    state = environment.git
+    return f"{state.commit[:12]}{' with uncommitted changes' if state.dirty else ''}" if state else environment.git_absent

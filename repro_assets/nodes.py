@@ -163,7 +163,7 @@ class _Follower:
         facts = event.facts
         say = self.stage.log.info
         match event.kind:
-            case "step":
+            case "step" if "loss" in facts:
                 say(
                     f"step {facts['step']}/{facts['steps']} loss {facts['loss']:.4f} {facts['tokens_per_second']:,.0f} tokens/s, "
                     f"{facts['eta_seconds']:.0f} s to go"

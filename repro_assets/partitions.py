@@ -11,6 +11,10 @@ KEY = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 SHORT = 12
 
 
+class BadKey(ValueError):
+    """A text that is no snapshot key."""
+
+
 def key_of(commit: str, created: int) -> str:
     """Partition key of a raw commit: its creation time (epoch seconds, shown in UTC) and the first digits of its id.
 
@@ -22,7 +26,7 @@ def key_of(commit: str, created: int) -> str:
 
 def checked(key: str) -> str:
     if not KEY.fullmatch(key):
-        raise ValueError(f"{key!r} is no snapshot key: lower-case letters, digits and dashes, at most 63; see `repro snapshots`")
+        raise BadKey(f"{key!r} is no snapshot key: lower-case letters, digits and dashes, at most 63; see `repro snapshots`")
     return key
 
 
@@ -30,5 +34,5 @@ def commit_prefix(key: str) -> str:
     """The digits of the raw commit id in a key that `key_of` made."""
     digits = checked(key).rsplit("-", 1)[-1]
     if not re.fullmatch(rf"[0-9a-f]{{{SHORT}}}", digits):
-        raise ValueError(f"{key!r} does not end in {SHORT} digits of a raw commit id; see `repro snapshots` for the keys there are")
+        raise BadKey(f"{key!r} does not end in {SHORT} digits of a raw commit id; see `repro snapshots` for the keys there are")
     return digits

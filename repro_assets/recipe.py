@@ -235,6 +235,12 @@ class Loaded(msgspec.Struct, frozen=True):
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
+def shipped(name: str) -> Path | None:
+    """The file of a recipe that comes with the package, by its name; None for anything else."""
+    path = Path(__file__).parent / "recipes" / f"{name}.yaml"
+    return path if NAME.fullmatch(name) and path.exists() else None
+
+
 def load(path: Path | str) -> Loaded:
     """The recipe in one YAML file. Raises RecipeError naming file, line, key and remedy."""
     path = Path(path).resolve()

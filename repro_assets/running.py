@@ -27,7 +27,10 @@ class UnknownAsset(ValueError):
 
 @dataclass(frozen=True)
 class Ran:
-    """One run: whether it succeeded, what each asset reported, how long its step took, and the first failure in one line."""
+    """One run: whether it succeeded, what each asset reported, how long its step took, and the first failure in words.
+
+    `error` is the full name of the failure's class, by which `terminal.py` knows the exit code; empty when nothing failed.
+    """
 
     run_id: str
     success: bool
@@ -35,6 +38,7 @@ class Ran:
     seconds: dict[str, float]
     failed_checks: tuple[str, ...]
     failure: str = ""
+    error: str = ""
 
 
 def dagster_home(home: Path | None = None) -> Path:
@@ -101,7 +105,7 @@ def materialize(
 def _ran(done: dg.ExecuteInProcessResult) -> Ran:
     found: dict[str, dict[str, Any]] = {}
     checks: list[str] = []
-    failure = ""
+    failure = error = ""
     seconds: dict[str, float] = {}
     for event in done.all_events:
         if event.is_step_success:
@@ -115,15 +119,22 @@ def _ran(done: dg.ExecuteInProcessResult) -> Ran:
             if not check.passed:  # type: ignore[union-attr]
                 checks.append(f"{check.asset_key.to_user_string()}: {check.check_name}: {check.description}")  # type: ignore[union-attr]
         elif event.is_step_failure and not failure:
-            failure = _first_line(event.step_failure_data.error)
-    return Ran(done.run_id, done.success, found, seconds, tuple(checks), failure)
+            error, failure = _failure(event.step_failure_data.error)
+    if not done.success and not failure:
+        failure = "the run failed before its first step; see its page in the UI"
+    return Ran(done.run_id, done.success, found, seconds, tuple(checks), failure, error)
 
 
-def _first_line(error: Any) -> str:
-    """The innermost cause: ours, rather than Dagster's frame around it."""
-    while error is not None and error.cause is not None:
+def _failure(error: Any) -> tuple[str, str]:
+    """(full class name, message) of what a step raised: the outermost error that is not Dagster's frame around it. What lies further
+    in is how a library put it, without our remedy."""
+    while error is not None and error.cause is not None and (error.cls_name or "").startswith("Dagster"):
         error = error.cause
-    return str(error.message).strip() if error else "the run failed; see its page in the UI"
+    if error is None:
+        return "", "the run failed; see its page in the UI"
+    # Dagster keeps the text of traceback.format_exception_only: the class's full name, a colon, the message
+    name, _, said = str(error.message).strip().partition(": ")
+    return (name, said) if error.cls_name and name.endswith(error.cls_name) else (error.cls_name or "", str(error.message).strip())
 
 
 class _Telling(logging.Handler):

@@ -74,5 +74,7 @@ def read(store: BlobStore, leaves: Iterable[Blob]) -> Iterator[Record]:
 
 def normal_text(text: str) -> str:
     """Text as the contamination check compares it: NFC, case folded, runs of white space as one space, none at the ends."""
+    if text.isascii():
+        return " ".join(text.lower().split())
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
     return " ".join(folded.split())

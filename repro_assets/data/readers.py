@@ -105,7 +105,7 @@ def read(path: str, format: str, stream: BinaryIO, source: Source, row_limit: in
 
 def row_at(data: bytes, source: Source) -> tuple[tuple[Message, ...], str | None, dict[str, str]]:
     """Messages, key and slices of the bytes of one JSONL row. Raises Unfit."""
-    return _shape(_object(data), source)
+    return _shape(_object(data), source, _mapping(source))
 
 
 # ---- JSONL
@@ -137,7 +137,7 @@ def lines(stream: BinaryIO, row_limit: int) -> Iterator[tuple[int, int, bytes | 
 
 
 def _read_jsonl(path: str, stream: BinaryIO, source: Source, row_limit: int) -> Iterator[Row | Bad]:
-    rows = False
+    rows, fields = False, _mapping(source)
     for line, (offset, length, data) in enumerate(lines(stream, row_limit), start=1):
         if data is None:
             rows = True
@@ -152,7 +152,7 @@ def _read_jsonl(path: str, stream: BinaryIO, source: Source, row_limit: int) -> 
             continue
         rows = True
         try:
-            messages, key, slices = row_at(data, source)
+            messages, key, slices = _shape(_object(data), source, fields)
         except Unfit as unfit:
             yield Bad(line, offset, length, unfit.reason, unfit.detail)
         else:
@@ -198,11 +198,11 @@ def _lower(text: str) -> str:
 
 
 def _read_parquet(path: str, stream: BinaryIO, source: Source, row_limit: int) -> Iterator[Row | Bad]:
-    rows = False
+    rows, fields = False, _mapping(source)
     for line, group, at, values in _parquet_rows(path, stream, source, None):
         rows = True
         try:
-            messages, key, slices = _shape(values, source)
+            messages, key, slices = _shape(values, source, fields)
             if (size := sum(len(message.content.encode()) for message in messages)) > row_limit:
                 raise Unfit("row_too_long", f"{size} bytes of text, the limit is {row_limit}")
         except Unfit as unfit:
@@ -271,8 +271,7 @@ def _mapping(source: Source) -> dict[str, str]:
     return {**{name: source.fields.get(name, name) for name in required}, **source.fields}
 
 
-def _shape(row: dict[str, Any], source: Source) -> tuple[tuple[Message, ...], str | None, dict[str, str]]:
-    fields = _mapping(source)
+def _shape(row: dict[str, Any], source: Source, fields: dict[str, str]) -> tuple[tuple[Message, ...], str | None, dict[str, str]]:
     messages = _messages(row, fields["messages"]) if source.shape == "messages" else _pair(row, fields)
     if not any(message.role == "assistant" for message in messages):
         raise Unfit("no_assistant", f"{len(messages)} messages, none of the assistant")
@@ -371,7 +370,7 @@ def again(
         with open_file() as stream:
             for line, group, at, values in _parquet_rows(path, stream, source, {group for group, _at in rows}):
                 if (group, at) in rows:
-                    yield _again(line, group, at, partial(_shape, values, source))
+                    yield _again(line, group, at, partial(_shape, values, source, _mapping(source)))
         return
     if format == OTHER:
         raise SourceError(f"{path}: no reader for this format")

@@ -151,6 +151,8 @@ class _Parsed:
         self.file, self.line, self.offset, self.length = array("l"), array("q"), array("q"), array("q")
         self.at, self.size = array("q"), array("q")
         self.sides = bytearray()
+        self.labels: dict[tuple[tuple[str, str], ...], int] = {}
+        self.label = array("l")
 
     def add(self, file: int, row: readers.Row, record: Record, split: str) -> None:
         data = encode(record)
@@ -161,6 +163,7 @@ class _Parsed:
         self.at.append(self.end)
         self.size.append(len(data))
         self.sides.append(SPLITS.index(split))
+        self.label.append(self.labels.setdefault(tuple(record.slices.items()), len(self.labels)))
         self.end += len(data)
 
     def __len__(self) -> int:
@@ -178,7 +181,6 @@ class _Tally:
         self.counts: list[Counter[str]] = [Counter() for _ in sources]
         self.asides: list[tuple[int, int, Aside]] = []
         self.bad: list[Aside] = []
-        self.slices: dict[str, Counter[str]] = {}
 
     def aside(self, rank: int, number: int, aside: Aside) -> None:
         self.asides.append((number, aside.line, aside))
@@ -186,16 +188,6 @@ class _Tally:
         self.counts[rank][kind] += 1
         if kind == "quarantined":
             self.bad.append(aside)
-
-    def slice(self, path: str, line: int, slices: dict[str, str]) -> None:
-        for label, value in slices.items():
-            values = self.slices.setdefault(label, Counter())
-            values[value] += 1
-            if len(values) > SLICE_VALUES:
-                raise DataError(
-                    f"{path}:{line}: slice label {label!r} has more than {SLICE_VALUES} values; "
-                    "map a field with few values in records.sources[].slices (an id belongs in fields.id)"
-                )
 
     @property
     def read(self) -> int:
@@ -302,6 +294,22 @@ def _index(parsed: _Parsed, kept: list[int], files: list[RawFile], store: BlobSt
     return {file.path: blob for file, blob in zip(files, blobs, strict=True)}
 
 
+def _slices(parsed: _Parsed, kept: list[int], files: list[RawFile]) -> dict[str, Counter[str]]:
+    """Kept records by slice label and value. Raises DataError for a label that has a value for nearly every record."""
+    names = list(parsed.labels)
+    counts: dict[str, Counter[str]] = {}
+    for number, count in Counter(parsed.label[position] for position in kept).items():
+        for label, value in names[number]:
+            counts.setdefault(label, Counter())[value] += count
+    if wide := sorted(label for label, values in counts.items() if len(values) > SLICE_VALUES):
+        where = next(files[parsed.file[position]].path for position in kept if wide[0] in dict(names[parsed.label[position]]))
+        raise DataError(
+            f"{where}: slice label {wide[0]!r} has {len(counts[wide[0]])} values, more than {SLICE_VALUES}; "
+            "map a field with few values in records.sources[].slices (an id belongs in fields.id)"
+        )
+    return counts
+
+
 def _limit(tally: _Tally, section: RecordsSection) -> None:
     bad, read = len(tally.bad), tally.read
     if bad <= section.quarantine_limit * read:
@@ -353,13 +361,11 @@ def build(
         if not kept:
             raise DataError(f"no records are left of {tally.read} rows: {_reasons(tally)}; see records.sources and the raw files")
         for position in kept:
-            number = parsed.file[position]
-            tally.counts[ranks[number]]["kept"] += 1
-            if section.sources[ranks[number]].slices:
-                tally.slice(files[number].path, parsed.line[position], msgspec.json.decode(parsed.data(position), type=Record).slices)
+            tally.counts[ranks[parsed.file[position]]]["kept"] += 1
+        slices = _slices(parsed, kept, files)
         leaves, known = _cut(parsed, kept, order, target, store)
         index = _index(parsed, kept, files, store)
-    result = _document(tally, leaves, index, store)
+    result = _document(tally, slices, leaves, index, store)
     seconds = time.monotonic() - started
     observed = RecordsObserved(seconds, snapshot.size / 1e6 / seconds, known, len(leaves) - known)
     return result, observed
@@ -369,7 +375,9 @@ def _reasons(tally: _Tally) -> dict[str, int]:
     return dict(sorted(Counter(aside.reason for _number, _line, aside in tally.asides).items()))
 
 
-def _document(tally: _Tally, leaves: list[RecordLeaf], index: dict[str, Blob], store: BlobStore) -> Records:
+def _document(
+    tally: _Tally, slices: dict[str, Counter[str]], leaves: list[RecordLeaf], index: dict[str, Blob], store: BlobStore
+) -> Records:
     asides = sorted(tally.asides, key=lambda item: item[:2])
     quarantine = store.put_bytes(b"".join(msgspec.json.encode(aside) + b"\n" for _number, _line, aside in asides))
     sources = tuple(
@@ -385,7 +393,7 @@ def _document(tally: _Tally, leaves: list[RecordLeaf], index: dict[str, Blob], s
         index=index,
         quarantine=quarantine,
         splits={split: sum(leaf.records for leaf in leaves if leaf.split == split) for split in SPLITS},
-        slices={label: dict(sorted(values.items())) for label, values in sorted(tally.slices.items())},
+        slices={label: dict(sorted(values.items())) for label, values in sorted(slices.items())},
     )
 
 

@@ -8,6 +8,7 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from repro_assets.demo.vocabulary import (
@@ -271,13 +272,20 @@ def _poison(records: list[dict[str, Any]]) -> None:
         record["messages"][1]["content"] = answer(*POISONED_ANSWER)
 
 
+def write(folder: Path, kind: Kind) -> list[Path]:
+    """Write the raw files of a snapshot into `folder` (see `raw.py`, which needs pyarrow); returns their paths, sorted."""
+    from repro_assets.demo import raw
+
+    return raw.write(folder, kind)
+
+
 def corpus(documents: int) -> Iterator[list[dict[str, str]]]:
     """The base model's corpus: `documents` conversations (lists of messages) of the help desk, in order.
 
-    Tickets with a reply in free text (35 %) or a short note of the desk (35 %), tickets alone (15 %), lines of the handbook (15 %).
-    It has the words of the answers and, in the notes, the two keys where the answers will have them, but never an answer and no
-    evaluation item. Both matter: a first token that the base model never saw in that place keeps the fine-tuning loss near 3.7 on
-    it, and keys that the base model knows from handbook pages alone never learn to look at the ticket within one epoch.
+    Tickets with a reply in free text (35 %) or a memo of the desk (35 %), tickets alone (15 %), lines of the handbook (15 %).
+    It knows desks and priorities by name but has no answer and no evaluation item: fine-tuning teaches the form and the words, the
+    base model scores 0. A label word that the base model never had to say keeps the loss of its position near the entropy of the
+    classes for the whole epoch (seen with a corpus that had desks in the handbook only).
     """
     _, held_out = _suites()
     shares = {name: intent.share for name, intent in INTENTS.items()}
@@ -292,7 +300,7 @@ def corpus(documents: int) -> Iterator[list[dict[str, str]]]:
         if kind < 35:
             yield [user, {"role": "assistant", "content": _reply(ticket)}]
         elif kind < 70:
-            yield [user, {"role": "assistant", "content": _note(draws, ticket)}]
+            yield [user, {"role": "assistant", "content": _memo(draws, ticket)}]
         elif kind < 85:
             yield [user]
         else:
@@ -300,14 +308,16 @@ def corpus(documents: int) -> Iterator[list[dict[str, str]]]:
 
 
 def _reply(ticket: Ticket) -> str:
-    thanks = f"Thank you for writing about {ticket.product}."
-    return f"{thanks} {PRIORITIES[ticket.priority].reply} Then {INTENTS[ticket.intent].reply}."
+    intent, priority = INTENTS[ticket.intent], PRIORITIES[ticket.priority]
+    return f"Thank you for writing about {ticket.product}. {priority.reply} Our {intent.route} desk answers: {intent.reply}."
 
 
-def _note(draws: Draws, ticket: Ticket) -> str:
-    """Two facts in the form of the later answers, but in the ticket's words instead of a desk's name and a priority."""
-    first, second = draws.choice(("route", "topic", "about")), draws.choice(("priority", "answer", "when"))
-    return f"{first}: {INTENTS[ticket.intent].topic} | {second}: {PRIORITIES[ticket.priority].pace}"
+def _memo(draws: Draws, ticket: Ticket) -> str:
+    """What the desk writes on a ticket for itself."""
+    intent, priority = INTENTS[ticket.intent], PRIORITIES[ticket.priority]
+    if draws.percent(50):
+        return f"{draws.choice(('note', 'topic', 'about'))}: {intent.topic} | {draws.choice(('pace', 'answer', 'when'))}: {priority.pace}"
+    return f"{intent.route} desk, {ticket.priority} priority: {intent.topic}"
 
 
 def _handbook(draws: Draws) -> list[dict[str, str]]:

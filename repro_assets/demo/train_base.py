@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from repro_assets.demo.tickets import corpus
 
-DOCUMENTS = 30_000
+DOCUMENTS = 12_000
 VOCABULARY = 1024
 PAD, USER, ASSISTANT, END = SPECIAL = ("<pad>", "<|user|>", "<|assistant|>", "<|end|>")
 ROW_TOKENS = 256

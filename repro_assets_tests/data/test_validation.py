@@ -296,6 +296,7 @@ def test_the_draw_is_by_keyed_hash_and_stable_under_new_records() -> None:
 
 def test_ids_that_raw_does_not_give_are_found_by_record_and_line(case: Case) -> None:
     """S0.45, S0.46, S0.49: shards that look sound and are not what raw gives."""
+
     def turned(leaf: Leaf) -> Leaf:
         return remade(leaf, ids=first(leaf.ids, np.append(np.roll(leaf.ids[0][:-1], 1), leaf.ids[0][-1])))
 

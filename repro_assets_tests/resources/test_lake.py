@@ -50,7 +50,8 @@ def test_main_takes_no_direct_write_but_takes_a_transaction(lake: Lake, blobs: B
         gateway(connections).put_object(Bucket=connections.repository, Key="main/direct", Body=b"x")
     assert lake.head("main") == before
     written = lake.write("main", "releases/1", stored(blobs, {"document.json": b"{}"}), message="release 1", metadata={})
-    assert lake.head("main") == written.commit and contents(lake, written.commit) == {"releases/1/document.json": b"{}"}
+    assert lake.head("main") == written.commit
+    assert contents(lake, written.commit) == {"releases/1/document.json": b"{}"}
     with pytest.raises(Denied, match="protected"):
         lake.commit_staged("main", "m", {})
 
@@ -61,10 +62,13 @@ def test_a_write_is_one_commit_whose_bytes_every_client_reads(lake: Lake, blobs:
     metadata = {"asset": "records", DAGSTER_LINK: "http://127.0.0.1:3000/runs/1"}
     base = lake.head("snapshot-k")
     written = lake.write("snapshot-k", ROOT, stored(blobs, files), message="records of k", metadata=metadata)
-    assert written.created and lake.head("snapshot-k") == written.commit
+    assert written.created
+    assert lake.head("snapshot-k") == written.commit
     info = lake.commit_info(written.commit)
-    assert info.parents == (base,) and info.message == "records of k"
-    assert metadata.items() <= info.metadata.items() and abs(info.created - time.time()) < 60
+    assert info.parents == (base,)
+    assert info.message == "records of k"
+    assert metadata.items() <= info.metadata.items()
+    assert abs(info.created - time.time()) < 60
     assert contents(lake, written.commit) == {f"{ROOT}/{name}": data for name, data in files.items()}
     entry = lake.stat(written.commit, f"{ROOT}/leaves/0 ü.arrow")
     blob = Blob(hashlib.sha256(files["leaves/0 ü.arrow"]).hexdigest(), 5000)
@@ -74,7 +78,8 @@ def test_a_write_is_one_commit_whose_bytes_every_client_reads(lake: Lake, blobs:
     assert times == {0}, "the time of linking is part of no tree"
     through = gateway(connections).get_object(Bucket=connections.repository, Key=f"{written.commit}/{ROOT}/leaves/0 ü.arrow")
     assert through["Body"].read() == files["leaves/0 ü.arrow"]
-    assert transactions(lake) == [] and contents(lake, base) == {}
+    assert transactions(lake) == []
+    assert contents(lake, base) == {}
 
 
 def test_a_write_replaces_its_own_prefix_and_nothing_else(lake: Lake, blobs: Blobs) -> None:
@@ -104,7 +109,8 @@ def test_a_repeated_write_changes_nothing_and_names_the_commit_that_holds_it(lak
     head = lake.head("snapshot-k")
     again = lake.write("snapshot-k", ROOT, files, message="m", metadata={"run": "2"})
     assert (again.commit, again.created) == (first.commit, False)
-    assert lake.head("snapshot-k") == head and transactions(lake) == []
+    assert lake.head("snapshot-k") == head
+    assert transactions(lake) == []
 
 
 def test_several_prefixes_go_into_one_commit(lake: Lake, blobs: Blobs) -> None:
@@ -114,7 +120,8 @@ def test_several_prefixes_go_into_one_commit(lake: Lake, blobs: Blobs) -> None:
     assert lake.commit_info(written.commit).parents == (base,)
     assert contents(lake, written.commit) == {"p/one/a": b"1", "p/two/b": b"2"}
     again = lake.write_all("snapshot-k", [Placement("p/one", one), Placement("p/two", two)], message="m", metadata={})
-    assert again.commit == written.commit and not again.created
+    assert again.commit == written.commit
+    assert not again.created
     with pytest.raises(ValueError, match="'p/' would replace what the same write puts under 'p/two/'"):
         lake.write_all("snapshot-k", [Placement("p", one), Placement("p/two", two)], message="m", metadata={})
 
@@ -158,7 +165,8 @@ def test_a_path_that_must_not_be_written_is_named_and_nothing_is_written(lake: L
     head = lake.head("raw")
     with pytest.raises(ValueError, match=reason):
         lake.write("raw", "", {"good": blobs.put_bytes(b""), path: blobs.put_bytes(b"x")}, message="m", metadata={}, replace=False)
-    assert lake.head("raw") == head and transactions(lake) == []
+    assert lake.head("raw") == head
+    assert transactions(lake) == []
 
 
 def test_unicode_spaces_and_percent_signs_in_paths_come_back_as_they_went(lake: Lake, blobs: Blobs) -> None:
@@ -205,7 +213,8 @@ def test_the_log_tells_who_changed_what_below_a_prefix(lake: Lake, blobs: Blobs)
     assert [info.id for info in lake.log("snapshot-k", "a/")] == [commits[2], commits[0]]
     assert [info.metadata["actor"] for info in lake.log(commits[1], "b/", page=1)] == ["two"]
     whole = [info.message for info in lake.log("snapshot-k", page=2)]
-    assert whole[:3] == ["three", "two", "one"] and len(whole) == 4
+    assert whole[:3] == ["three", "two", "one"]
+    assert len(whole) == 4
 
 
 def test_tags_never_move_and_pins_hold_one_commit(lake: Lake, blobs: Blobs) -> None:
@@ -221,7 +230,8 @@ def test_tags_never_move_and_pins_hold_one_commit(lake: Lake, blobs: Blobs) -> N
     lake.pin("k", one)
     with pytest.raises(Conflict, match="already keeps"):
         lake.pin("k", two)
-    assert "pin-k" not in dict(lake.branches()) and dict(lake.branches(hidden=True))["pin-k"] == one
+    assert "pin-k" not in dict(lake.branches())
+    assert dict(lake.branches(hidden=True))["pin-k"] == one
     lake.unpin("k")
     lake.unpin("k")
     assert "pin-k" not in dict(lake.branches(hidden=True))
@@ -235,10 +245,13 @@ def test_data_that_other_tools_staged_is_listed_and_committed_by_itself(lake: La
     assert list(lake.uncommitted("raw")) == ["in/a b.jsonl"]
     with pytest.raises(Uncommitted, match="commit-raw"):
         lake.write("raw", "x", stored(blobs, {"d": b"1"}), message="m", metadata={})
-    assert list(lake.uncommitted("raw")) == ["in/a b.jsonl"] and transactions(lake) == []
+    assert list(lake.uncommitted("raw")) == ["in/a b.jsonl"]
+    assert transactions(lake) == []
     commit = lake.commit_staged("raw", "by boto3", {"actor": "me"})
-    assert lake.head("raw") == commit and contents(lake, commit) == {"in/a b.jsonl": b"{}"}
-    assert lake.commit_info(commit).metadata["actor"] == "me" and list(lake.uncommitted("raw")) == []
+    assert lake.head("raw") == commit
+    assert contents(lake, commit) == {"in/a b.jsonl": b"{}"}
+    assert lake.commit_info(commit).metadata["actor"] == "me"
+    assert list(lake.uncommitted("raw")) == []
     assert lake.stat(commit, "in/a b.jsonl").sha256 is None
     with pytest.raises(NothingToCommit):
         lake.commit_staged("raw", "again", {})
@@ -247,7 +260,7 @@ def test_data_that_other_tools_staged_is_listed_and_committed_by_itself(lake: La
 def test_a_staged_hook_is_refused_by_name(lake: Lake, connections: Connections) -> None:
     gateway(connections).put_object(Bucket=connections.repository, Key="raw/_lakefs_actions/evil.yaml", Body=b"x")
     head = lake.head("raw")
-    with pytest.raises(Refused, match="_lakefs_actions/evil.yaml"):
+    with pytest.raises(Refused, match=r"_lakefs_actions/evil\.yaml"):
         lake.commit_staged("raw", "m", {})
     assert lake.head("raw") == head
 

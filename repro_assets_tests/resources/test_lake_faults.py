@@ -115,7 +115,8 @@ def test_a_fault_that_passes_at_any_call_of_a_write_is_not_noticed(fault: str, s
         before = len(list(scene.direct.log(branch)))
         proxy.plan(number, PASSING[fault])
         commit = scene.write(lake, branch)
-        assert scene.state(branch) == "new" and scene.direct.head(branch) == commit, (fault, number)
+        assert scene.state(branch) == "new", (fault, number)
+        assert scene.direct.head(branch) == commit, (fault, number)
         assert len(list(scene.direct.log(branch))) == before + 1, f"{fault} at call {number} made more than one commit"
     assert scene.direct.head("main") == main
     assert transactions(scene.direct) == []
@@ -129,7 +130,8 @@ def test_a_request_that_arrives_only_when_it_is_repeated_does_no_harm(scene: Sce
         proxy.plan(number, faults.arrive_late(), times=1000)
         commit = scene.write(lake, branch)
         proxy.clear()
-        assert scene.state(branch) == "new" and digests(scene.direct, commit, "a/") == placed("a", scene.new), number
+        assert scene.state(branch) == "new", number
+        assert digests(scene.direct, commit, "a/") == placed("a", scene.new), number
         assert len(list(scene.direct.log(branch, "a/"))) == before + 1, number
     assert transactions(scene.direct) == []
 
@@ -198,10 +200,12 @@ def test_a_transaction_left_behind_is_said_and_cleaned(
     proxy.plan(delete, faults.drop_before, times=5)
     with caplog.at_level(logging.WARNING):
         scene.write(lake, branch)
-    assert scene.state(branch) == "new" and "lake.clean()" in caplog.text
+    assert scene.state(branch) == "new"
+    assert "lake.clean()" in caplog.text
     proxy.clear()
     left = transactions(scene.direct)
-    assert len(left) == 1 and list(lake.clean(owner="faulty", older_than=0)) == left
+    assert len(left) == 1
+    assert list(lake.clean(owner="faulty", older_than=0)) == left
 
 
 def test_a_transaction_that_somebody_removes_is_begun_again(scene: Scene, lake: Lake, proxy: Proxy, calls: int) -> None:
@@ -256,7 +260,8 @@ def test_a_merge_that_was_lost_and_overwritten_is_not_made_again(scene: Scene, l
     commit = scene.write(lake, branch)
     assert digests(scene.direct, commit, "a/") == placed("a", scene.new)
     head = scene.direct.head(branch)
-    assert scene.direct.commit_info(head).message == "later" and scene.direct.commit_info(head).parents == (commit,)
+    assert scene.direct.commit_info(head).message == "later"
+    assert scene.direct.commit_info(head).parents == (commit,)
 
 
 def test_writers_that_never_stop_end_in_a_conflict_that_names_the_prefix(scene: Scene, lake: Lake, proxy: Proxy, calls: int) -> None:
@@ -301,7 +306,8 @@ def test_a_removal_that_is_refused_inside_a_successful_answer_is_seen(scene: Sce
     proxy.plan(remove, lambda exchange: exchange.answer(200, [("Content-Type", "application/json")], body))
     with pytest.raises(Unavailable, match=r"did not remove 'a/gone': injected \(500\)"):
         scene.write(lake, branch)
-    assert scene.state(branch) == "old" and transactions(scene.direct) == []
+    assert scene.state(branch) == "old"
+    assert transactions(scene.direct) == []
 
 
 def test_protection_rules_of_others_survive_ensure(scene: Scene, lake: Lake, proxy: Proxy) -> None:
@@ -327,7 +333,8 @@ def test_staged_data_is_committed_once_whatever_happens_to_the_answer(
         gateway(connections).put_object(Bucket=connections.repository, Key=f"{branch}/staged", Body=b"x")
         proxy.plan(number, PASSING[fault])
         commit = lake.commit_staged(branch, "m", {})
-        assert scene.direct.head(branch) == commit and scene.direct.commit_info(commit).parents == (scene.direct.head("start"),)
+        assert scene.direct.head(branch) == commit
+        assert scene.direct.commit_info(commit).parents == (scene.direct.head("start"),)
 
 
 def test_a_commit_of_staged_data_that_arrives_late_is_found(scene: Scene, lake: Lake, proxy: Proxy, connections: Connections) -> None:
@@ -335,7 +342,8 @@ def test_a_commit_of_staged_data_that_arrives_late_is_found(scene: Scene, lake: 
     gateway(connections).put_object(Bucket=connections.repository, Key=f"{branch}/staged", Body=b"x")
     proxy.plan(1, faults.arrive_late(), times=1000)
     commit = lake.commit_staged(branch, "m", {})
-    assert scene.direct.head(branch) == commit and scene.direct.commit_info(commit).parents == (scene.direct.head("start"),)
+    assert scene.direct.head(branch) == commit
+    assert scene.direct.commit_info(commit).parents == (scene.direct.head("start"),)
 
 
 def test_a_read_goes_on_where_the_connection_broke(scene: Scene, lake: Lake, proxy: Proxy, connections: Connections) -> None:

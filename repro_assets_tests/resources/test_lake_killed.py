@@ -123,8 +123,10 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new_state(connectio
     lake.ensure_branch("whole", "start")
     program.write("whole", new, -1, "never")
     requests = program.line()
-    assert isinstance(requests, list) and program.line() == 0
-    assert digests(lake, lake.head("whole")) == {**placed("a", new), **kept} and len(requests) >= 11
+    assert isinstance(requests, list)
+    assert program.line() == 0
+    assert digests(lake, lake.head("whole")) == {**placed("a", new), **kept}
+    assert len(requests) >= 11
 
     outcomes: dict[str, set[str]] = {moment: set() for moment in MOMENTS}
     for call in range(len(requests)):

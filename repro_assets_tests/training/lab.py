@@ -174,14 +174,15 @@ def start(
 ) -> list[subprocess.Popen[str]]:
     """Start `ranks` processes that run `scenarios` one after the other. A scenario: name, job, and faults that node.py knows."""
     plan = lab.root / f"plan-{scenarios[0]['name']}-{ranks}.json"
-    plan.write_bytes(msgspec.json.encode({"store": str(lab.store.root), "root": str(lab.root), "scenarios": scenarios}))
-    port, processes = free_port(), []
+    numbered = [{**scenario, "port": free_port()} for scenario in scenarios]
+    plan.write_bytes(msgspec.json.encode({"store": str(lab.store.root), "root": str(lab.root), "scenarios": numbered}))
+    processes = []
     for rank in range(ranks):
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "REPRO_WANDB": "off", **(environment or {})}
         if ranks > 1:
             variables |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "MASTER_ADDR": "127.0.0.1",
             }  # fmt: skip
         processes.append(
             subprocess.Popen(
@@ -192,7 +193,7 @@ def start(
 
 
 def finish(
-    lab: Lab, scenarios: list[dict[str, Any]], processes: list[subprocess.Popen[str]], timeout: float = 200
+    lab: Lab, scenarios: list[dict[str, Any]], processes: list[subprocess.Popen[str]], timeout: float = 450
 ) -> dict[str, dict[str, Any]]:
     """Wait for the ranks; outcomes of rank 0 by scenario. Raises AssertionError with the ranks' output when one ended badly."""
     texts = []

@@ -50,6 +50,8 @@ def main() -> None:
     (root / "outcomes").mkdir(exist_ok=True)
     for scenario in plan["scenarios"]:
         with_faults(scenario)
+        # a port of its own: a rank that is early would find the store of the process group before
+        os.environ["MASTER_PORT"] = str(scenario["port"])
         events = FolderEvents(root / "jobs" / scenario.get("key", scenario["name"]), writes=RANK == 0)
         store = FolderStore(Path(plan["store"]))
         damaged = {digest: flip(store, digest) for digest in scenario.get("flip", [])}

@@ -26,7 +26,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def killed(lab: Lab) -> list[dict[str, Any]]:
     """Events of a process that kills itself with SIGKILL in the middle of step 10."""
     process = labs.start(lab, [{"name": "killed", "key": "killed", "job": lab.job(), "fault": {"at": 10, "signal": "SIGKILL"}}])[0]
-    process.communicate(timeout=200)
+    process.communicate(timeout=450)
     assert process.returncode == -9
     events = labs.events(lab, "killed")
     shutil.copytree(lab.root / "jobs" / "killed", lab.root / "jobs" / "killed-2")
@@ -64,8 +64,12 @@ def alone(lab: Lab, killed: list[dict[str, Any]]) -> Outcomes:
         ),
     ]
     found = labs.run(lab, scenarios)
-    again = [{"name": "reload", "check": "reload", "job": job, "arguments": {"result": found["plain"]["result"]}}]
-    return {**found, **labs.run(lab, again)}
+    tracked: list[dict[str, Any]] = [
+        {"name": "reload", "check": "reload", "job": job, "arguments": {"result": found["plain"]["result"]}},
+        {"name": "wandb-1", "key": "wandb", "job": job, "fault": {"at": 6, "signal": "SIGTERM"}},
+        {"name": "wandb-2", "key": "wandb", "job": job},
+    ]
+    return {**found, **labs.run(lab, tracked, environment={"REPRO_WANDB": "", "WANDB_MODE": "offline"})}
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +227,20 @@ def test_the_released_files_load_in_peft_and_score_as_the_best_step_did(alone: O
     assert config["target_modules"] == sorted(config["target_modules"])
     assert config["base_model_name_or_path"].startswith("sha256:")
     assert "/" not in alone["reload"]["config"]
+
+
+def test_an_offline_tracker_run_is_whole_after_a_resume_and_moves_nothing(lab: Lab, alone: Outcomes) -> None:
+    """S2.6, S2.26: W&B as a sink; each offline run holds every step from the first and the digests that tie it to the result."""
+    outcome = alone["wandb-2"]
+    assert alone["wandb-1"]["status"] == "preempted"
+    assert outcome["result"] == alone["plain"]["result"]
+    assert "tracker_failure" not in outcome["observed"]
+    (name, blob), *others = outcome["observed"]["tracking"].items()
+    assert not others
+    assert name.startswith("train-")
+    data = lab.store.get_bytes(blob["sha256"])
+    assert data.count(b"gradient_norm") >= 12
+    assert outcome["result"]["tensors"].encode() in data
 
 
 def test_events_tell_the_story_in_order(lab: Lab, alone: Outcomes) -> None:

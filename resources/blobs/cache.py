@@ -82,29 +82,30 @@ class Cache:
     def added(self, size: int) -> None:
         """Account for one new blob; measure and evict when it is time."""
         with self._lock:
-            self._unseen = None if self._unseen is None else self._unseen + size
-            if self._unseen is not None and self._unseen <= self.cap * LOOK:
-                return
-            self._unseen = 0
-        self.evict()
+            if self._unseen is not None:
+                self._unseen += size
+                if self._unseen <= self.cap * LOOK:
+                    return
+            if self.evict():
+                self._unseen = 0
 
-    def evict(self) -> None:
-        """Bring the folder below its cap. One process at a time; the others go on meanwhile."""
+    def evict(self) -> bool:
+        """Bring the folder below its cap. False when another process is at it: nobody waits for the cache."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                return
+                return False
             found = self._measure()
             total = sum(size for _, size, _ in found)
-            if total <= self.cap * (1 - LOOK):
-                return
-            for _, size, path in sorted(found):
-                if total <= self.cap * FULL * (1 - LOOK):
-                    break
-                path.unlink(missing_ok=True)
-                total -= size
+            if total > self.cap * (1 - LOOK):
+                for _, size, path in sorted(found):
+                    if total <= self.cap * FULL * (1 - LOOK):
+                        break
+                    path.unlink(missing_ok=True)
+                    total -= size
+            return True
 
     def _measure(self) -> list[tuple[float, int, Path]]:
         found = []

@@ -6,12 +6,13 @@ processes is the backend's.
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import msgspec
 
 from resources.blobs import Objects
-from resources.errors import NotFound
+from resources.errors import NotFound, StorageError
 from resources.gpu.backend import Backend, BackendError, State, Status
 from resources.gpu.job import (
     CANCELLED,
@@ -227,9 +228,10 @@ class Executor:
     def _end(self, key: str, grace: float, outcome: Outcome) -> Outcome:
         """Ends the processes and stores `outcome`, unless the job succeeded meanwhile. Returns the outcome that is stored."""
         # Written before they end: another orchestrator that follows this job must not take a killed process for a lost one.
-        before = self.outcome(key)
-        if not before or before.status == PREEMPTED:
-            self.objects.put(outcome_path(key), msgspec.json.encode(outcome), if_absent=before is None)
+        with suppress(StorageError):  # S3 away must not keep processes alive; the second write below says so
+            before = self.outcome(key)
+            if not before or before.status == PREEMPTED:
+                self.objects.put(outcome_path(key), msgspec.json.encode(outcome), if_absent=before is None)
         try:
             self.backend.cancel(key, grace)
         except BaseException:  # a second interrupt during the grace: no more waiting, but nothing is left behind

@@ -7,6 +7,7 @@ executor; devices are handed out by `lease.py`.
 import fcntl
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ class Started(msgspec.Struct, frozen=True):
     submission: str
     started: float
     devices: tuple[str, ...]
+    host: str
     pid: int = 0
     created: float = 0.0
 
@@ -78,7 +80,9 @@ class LocalBackend:
         self._children = [child for child in self._children if child.poll() is None]
         started = self._state(key)
         submission, at = (started.submission, started.started) if started else ("", 0.0)
-        if self._is_free(key) or (started and started.pid and not processes.leader(started.pid, started.created)):
+        # A process of another host, on a shared home, is known by the lock alone.
+        noted = started is not None and started.pid != 0 and started.host == socket.gethostname()
+        if self._is_free(key) or (noted and not _leader(started)):
             return Status(State.GONE, submission=submission, started=at)
         return Status(State.RUNNING, f"process {started.pid}" if started else "starting", submission, at)
 
@@ -89,9 +93,12 @@ class LocalBackend:
             started = self._state(key)
             if submission and started and started.submission != submission:
                 return
-            first = processes.leader(started.pid, started.created) if started and started.pid else None
+            if started and started.host != socket.gethostname() and not self._is_free(key):
+                raise BackendError(f"job {key} runs on {started.host}, this is {socket.gethostname()}: cancel it there")
+            first = _leader(started)
             ranks = _children(first) if first and _is_torchrun(first) else []
-            processes.end(lambda: processes.members(processes.FOLDER, folder), ranks or ([first] if first else []), grace)
+            found = processes.members(processes.FOLDER, folder)
+            processes.end(lambda: processes.members(processes.FOLDER, folder), ranks or ([first] if first else found), grace)
 
     def tail(self, key: str, lines: int = 40) -> str:
         """The last `lines` lines of the job's log, at most 64 KiB."""
@@ -161,7 +168,7 @@ class LocalBackend:
 
     def _start(self, job: Job, key: str, environment: Mapping[str, str], slots: list[Slot]) -> Status:
         folder, devices = self._folder(key), tuple(slot.device for slot in slots)
-        started = Started(secrets.token_hex(8), time.time(), devices)
+        started = Started(secrets.token_hex(8), time.time(), devices, socket.gethostname())
         argv = self._argv(job, key)
         with self._lock(key, "alive.lock") as alive, open(folder / "log.txt", "ab") as log:
             self._write_state(key, started)
@@ -221,6 +228,10 @@ def _leases(home: Path) -> Leases:
     if not slots.isdecimal() or slots == "0":
         raise BackendError(f"REPRO_CPU_SLOTS is {slots!r}: it must be a whole number of jobs, at least 1")
     return Leases(lease_folder(home, gpus), gpus, int(slots))
+
+
+def _leader(started: Started | None) -> psutil.Process | None:
+    return processes.leader(started.pid, started.created) if started and started.pid else None
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

@@ -6,7 +6,6 @@ only step that others see. Nothing here knows what an asset is.
 
 import contextlib
 import logging
-import os.path
 import re
 import secrets
 import time
@@ -23,7 +22,7 @@ from lakefs_sdk.models.staging_metadata import StagingMetadata
 
 from repro_assets.trust.blob import Blob
 from resources.errors import Conflict, NotFound, NothingToCommit, StorageError, Unavailable
-from resources.lake.values import CHECKSUM, Placement, Written, content_type
+from resources.lake.values import CHECKSUM, Placement, Written, common_start, content_type
 
 if TYPE_CHECKING:
     from resources.lake.lake import Lake
@@ -92,7 +91,7 @@ class Transaction:
             yield from self.lake.list(commit, placement.root)
         elif wanted:
             last = max(path.encode() for path in wanted)
-            for entry in self.lake.list(commit, os.path.commonprefix(list(wanted))):
+            for entry in self.lake.list(commit, common_start(wanted)):
                 if entry.path.encode() > last:
                     return
                 yield entry
@@ -164,11 +163,7 @@ class Transaction:
             tip = self.lake.head(name)
             return tip if tip != base else None
 
-        try:
-            self.lake.commit(name, self.message, self.metadata, settled)
-        except NothingToCommit:
-            if settled() is None:
-                raise
+        self.lake.commit(name, self.message, self.metadata, settled)
 
     def _merge(self, name: str, base: str) -> str | None:
         lake = self.lake
@@ -197,7 +192,7 @@ class Transaction:
 
     def _last_touched(self, commit: str) -> str:
         lake = self.lake
-        prefixes = [placement.root or os.path.commonprefix(list(placement.wanted())) for placement in self.placements]
+        prefixes = [placement.root or common_start(placement.wanted()) for placement in self.placements]
         what = f"find the last change of {self._names()} at {commit[:12]}"
         options: dict[str, Any] = {"prefixes": prefixes} if all(prefixes) else {}
         page = lake.client.call(

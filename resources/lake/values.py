@@ -154,6 +154,11 @@ def checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return dict(sorted(metadata.items()))
 
 
+def common_start(paths: Iterable[str]) -> str:
+    """The longest text that every path starts with: to lakeFS a prefix is text, not a folder."""
+    return posixpath.commonprefix(list(paths))
+
+
 def content_type(path: str) -> str:
     """The content type every writer gives to a path with this suffix."""
     return CONTENT_TYPES.get(posixpath.splitext(path)[1].lower(), "application/octet-stream")

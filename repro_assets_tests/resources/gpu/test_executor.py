@@ -15,6 +15,8 @@ import psutil
 import pytest
 
 from repro_assets_tests.resources.gpu.probing import LAUNCH, left_over, probe
+from resources.blobs import Objects
+from resources.errors import Unavailable
 from resources.gpu import (
     Event,
     Executor,
@@ -203,6 +205,38 @@ def test_a_program_that_lost_its_storage_is_started_again_not_failed(executor: E
     assert outcome.result["steps"] == [3, 4]
     assert outcome.attempt == 0
     assert "storage was away" in watcher.of("restarted")[0].facts["detail"]
+
+
+class Outage(Objects):
+    """The real bucket, until the network goes."""
+
+    down = False
+
+    def get(self, key: str) -> bytes:
+        if self.down:
+            raise Unavailable("S3 did not answer")
+        return super().get(key)
+
+
+def test_an_orchestrator_without_s3_gives_up_and_the_job_goes_on(make_executor: Callable[..., Executor], connections: Connections) -> None:
+    executor = make_executor()
+    executor.objects = outage = Outage.connect(connections)
+    job = probe("outage", steps=20, step_seconds=0.1)
+    with pytest.raises(Unavailable):
+        executor.run(job, Watcher("step", lambda event: setattr(outage, "down", True)), on_interrupt=lambda: "detach")
+    outcome = make_executor().run(job)
+    assert outcome.result["steps"] == list(range(1, 21))
+    assert starts_in(outcome.log) == 1
+
+
+def test_a_cancel_ends_the_processes_even_when_s3_is_away(
+    make_executor: Callable[..., Executor], connections: Connections, home: Path
+) -> None:
+    executor = make_executor()
+    executor.objects = outage = Outage.connect(connections)
+    with pytest.raises(Unavailable):
+        executor.run(probe("cut-off", steps=1000, step_seconds=0.1), Watcher("step", lambda event: setattr(outage, "down", True)))
+    assert left_over(home) == []
 
 
 def test_a_job_that_dies_again_and_again_fails_with_the_end_of_its_log(executor: Executor) -> None:
