@@ -3,8 +3,8 @@ asset is materialized alone, so each stage re-reads what it depends on. The chec
 
 import dagster as dg
 
-from repro_assets.assets.validation_report import validation_report
 from repro_assets.assets.promotion import promotion
+from repro_assets.assets.validation_report import validation_report
 from repro_assets.bench import Bench
 from repro_assets.partitions import snapshots
 from repro_assets.shelf import Shelf

@@ -52,7 +52,12 @@ def _recipe(_context: click.Context, _parameter: click.Parameter, value: str | N
 
 
 recipe_option = click.option(
-    "--recipe", "-r", default=None, metavar="RECIPE", callback=_recipe, help="file, or name of a shipped one; default REPRO_RECIPE, else demo"
+    "--recipe",
+    "-r",
+    default=None,
+    metavar="RECIPE",
+    callback=_recipe,
+    help="file, or name of a shipped one; default REPRO_RECIPE, else demo",
 )
 snapshot_option = click.option("--snapshot", "-s", "key", required=True, metavar="KEY", help="snapshot key, or `newest`")
 maybe_snapshot_option = click.option("--snapshot", "-s", "key", default="newest", metavar="KEY", help="snapshot key; default the newest")
@@ -327,10 +332,10 @@ def why(out: Output, asset: str, key: str, recipe: str | None) -> int:
 @command
 def verify(out: Output, key: str, recipe: str | None, deep: bool) -> int:
     """Read every document and blob of a snapshot from the servers and check every digest and signature."""
-    from repro_assets.inspecting import Inspector
+    from repro_assets.verifying import Verifier
 
     made = bench(recipe)
-    return _findings(out, Inspector(made).verify(_key(made, key), deep))
+    return _findings(out, Verifier(made, _key(made, key)).findings(deep))
 
 
 def _findings(out: Output, findings: Iterator[Any]) -> int:
@@ -458,7 +463,9 @@ def dev(out: Output) -> None:
 
     bench()
     with services.running() as ui:
-        out.say(f"Dagster UI  {ui.url}\nAll automation ships stopped: start sensors and schedules on the Automation page. Ctrl-C ends the UI.")
+        out.say(
+            f"Dagster UI  {ui.url}\nAll automation ships stopped: start sensors and schedules on the Automation page. Ctrl-C ends the UI."
+        )
         out.result({"url": ui.url})
         ui.wait()
     out.say("the UI is stopped; `repro down` stops the servers")

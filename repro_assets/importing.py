@@ -57,7 +57,9 @@ def listed(paths: Iterable[Path], to: str = "") -> dict[str, Path]:
             if raw in found and found[raw].samefile(file):
                 continue
             if raw in found:
-                raise CannotImport(f"{file} and {found[raw]} would both become {raw!r} on raw: rename one, or import them with different --to")
+                raise CannotImport(
+                    f"{file} and {found[raw]} would both become {raw!r} on raw: rename one, or import them with different --to"
+                )
             found[raw] = file
     if not found:
         raise CannotImport("nothing to import: the folders hold no file")
@@ -114,7 +116,9 @@ def commit_raw(lake: Lake, blobs: Blobs, message: str, actor: str = "") -> Impor
     lake.ensure()
     staged = list(lake.uncommitted(RAW))
     if not staged:
-        raise NothingToCommit("nothing is staged on the branch raw: write objects to it first (S3 gateway, lakectl fs upload), or use `repro import`")
+        raise NothingToCommit(
+            "nothing is staged on the branch raw: write objects to it first (S3 gateway, lakectl fs upload), or use `repro import`"
+        )
     commit = lake.commit_staged(RAW, message, {"asset": "raw", "actor": actor})
     return _made(lake, blobs, commit, len(staged), None, True)
 

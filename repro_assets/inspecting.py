@@ -7,7 +7,7 @@ import importlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from repro_assets.bench import Bench
@@ -17,11 +17,11 @@ from repro_assets.shelf import SHARED_ASSETS, MissingDocument, Shelf
 from repro_assets.stage import SECTIONS
 from repro_assets.terminal import FINDING, explained
 from repro_assets.trust.canonical import digest, sha256
-from repro_assets.trust.closure import Closure, closure
+from repro_assets.trust.closure import Closure
 from repro_assets.trust.environment import capture, hardware_class, lock_bytes
 from repro_assets.trust.memo import differing
 from resources.errors import StorageError
-from resources.lake import Lake
+from resources.lake import Lake, Patience
 from resources.servers import ServerError
 from resources.settings import Connections
 
@@ -99,7 +99,9 @@ class Inspector:
         def gather(name: str) -> None:
             if name in documents or name not in KINDS:
                 return
-            documents[name] = self.shelf.shared(self.recipe.name, name, key) if name in SHARED_ASSETS else self._document(name, str(key), head)
+            documents[name] = (
+                self.shelf.shared(self.recipe.name, name, key) if name in SHARED_ASSETS else self._document(name, str(key), head)
+            )
             for upstream in documents[name].inputs:
                 gather(upstream)
 
@@ -112,7 +114,7 @@ class Inspector:
 
     def _differences(self, document: Document[Any, Any], documents: dict[str, Document[Any, Any]]) -> list[str]:
         asset, was = type(document.result).asset, document.made.components
-        reached = closure(code_of(asset))
+        reached = code_of(asset)
         now = {
             **was,
             "schema": KINDS[asset][0].schema,
@@ -140,9 +142,11 @@ class Inspector:
         return value
 
 
-def code_of(asset: str) -> str:
-    """The module whose closure makes the asset."""
-    return str(importlib.import_module(f"repro_assets.assets.{asset}").CODE)
+def code_of(asset: str) -> Closure:
+    """The code that makes the asset, as its own module names it."""
+    found = importlib.import_module(f"repro_assets.assets.{asset}").CODE
+    assert isinstance(found, Closure), f"repro_assets.assets.{asset}.CODE is no closure"
+    return found
 
 
 def _changed(was: dict[str, str], now: Closure) -> Iterator[str]:
@@ -182,9 +186,7 @@ def servers_seen() -> list[dict[str, Any]]:
 
 
 def _look_at_lakefs(where: Connections) -> str:
-    from resources.lake.client import Patience
-
-    head = Lake.connect(where, patience=replace(Patience(), attempts=1)).head("main")
+    head = Lake.connect(where, patience=Patience(attempts=1)).head("main")
     return f"{where.lakefs_endpoint}, repository {where.repository}, main at {head[:12]}"
 
 

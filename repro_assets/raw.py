@@ -48,7 +48,9 @@ class Reader:
                 found.update(chunk)
                 size += len(chunk)
         if size != entry.size:
-            raise OSError(f"{entry.path!r} at {commit[:12]} gave {size} bytes, lakeFS lists {entry.size}: read it again, then `repro verify --deep`")
+            raise OSError(
+                f"{entry.path!r} at {commit[:12]} gave {size} bytes, lakeFS lists {entry.size}: read it again, then `repro verify --deep`"
+            )
         self.memo.keep_digest(place, found.hexdigest(), size)
         return found.hexdigest()
 

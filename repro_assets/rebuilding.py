@@ -1,17 +1,19 @@
 """Giving an empty Dagster instance its partitions and materializations back. lakeFS is the truth; Dagster's event log is a view of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import dagster as dg
 
 from repro_assets import story
+from repro_assets.bench import Bench
 from repro_assets.documents import KINDS
 from repro_assets.partitions import snapshots
 from repro_assets.shelf import SHARED_ASSETS, Shelf, folder
 from resources.lake import SHARED, Lake
 
 BATCH = 200  # SQLite fails on tens of thousands of keys in one call
+VERSION = "dagster/data_version"
 
 
 @dataclass(frozen=True)
@@ -22,56 +24,88 @@ class Rebuilt:
     materializations: int
 
 
-def rebuild(instance: dg.DagsterInstance, shelf: Shelf) -> Rebuilt:
-    """Report every document in lakeFS that the instance does not know as newest. Running it twice adds nothing."""
-    lake = shelf.lake
+@dataclass(frozen=True)
+class _Place:
+    """Where documents of one recipe lie: a snapshot's branch, or the shared one when `key` is empty."""
+
+    key: str
+    recipe: str
+    branch: str
+    commit: str
+
+    @property
+    def assets(self) -> list[str]:
+        return [asset for asset in KINDS if (asset in SHARED_ASSETS) != bool(self.key)]
+
+
+def rebuild(instance: dg.DagsterInstance, bench: Bench, progress: Callable[[int, int], None] | None = None) -> Rebuilt:
+    """Report every document in lakeFS that the instance does not know as newest. Running it twice adds nothing.
+
+    An asset page has room for one recipe's state: of several, the bench's own is reported last and so is the newest.
+    """
+    lake = bench.lake.client
     lake.ensure()
+    shelf = Shelf(lake, bench.blobs.store)
     keys = [key for key, _commit in shelf.raw_commits()]
+    keys.reverse()
     known = set(instance.get_dynamic_partitions(str(snapshots.name)))
-    missing = [key for key in reversed(keys) if key not in known]
+    missing = [key for key in keys if key not in known]
     for start in range(0, len(missing), BATCH):
         instance.add_dynamic_partitions(str(snapshots.name), missing[start : start + BATCH])
+    places = _places(shelf, lake, keys, bench.recipe.load().recipe.name)
     reported = 0
-    for key, recipe, commit in _places(shelf, lake, keys):
-        for asset in KINDS:
-            if (asset in SHARED_ASSETS) == bool(key):
-                continue
-            reported += _report(instance, shelf, commit, key, recipe, asset)
+    for done, place in enumerate(places):
+        if progress:
+            progress(done, len(places))
+        for asset in place.assets:
+            reported += _report(instance, bench, shelf, place, asset)
     return Rebuilt(len(missing), reported)
 
 
-def _places(shelf: Shelf, lake: Lake, keys: list[str]) -> Iterator[tuple[str, str, str]]:
-    """(snapshot key or empty for shared, recipe, commit)."""
+def _places(shelf: Shelf, lake: Lake, keys: list[str], own: str) -> list[_Place]:
+    """Oldest snapshot first, the bench's own recipe after the others."""
     shared = lake.head(SHARED)
-    for recipe in sorted({entry.path.split("/")[1] for entry in lake.list(shared, "shared/")}):
-        yield "", recipe, shared
-    for key in reversed(keys):
-        branch = f"snapshot-{key}"
-        if lake.exists(branch):
-            head = lake.head(branch)
-            for recipe in shelf.recipes(head, key):
-                yield key, recipe, head
+    heads = dict(lake.branches("snapshot-"))
+
+    def ordered(names: set[str]) -> list[str]:
+        return sorted(names, key=lambda name: (name == own, name))
+
+    found = [_Place("", recipe, SHARED, shared) for recipe in ordered({entry.path.split("/")[1] for entry in lake.list(shared, "shared/")})]
+    for key in keys:
+        if head := heads.get(branch := f"snapshot-{key}"):
+            found += [_Place(key, recipe, branch, head) for recipe in ordered(set(shelf.recipes(head, key)))]
+    return found
 
 
-def _report(instance: dg.DagsterInstance, shelf: Shelf, commit: str, key: str, recipe: str, asset: str) -> int:
-    document = shelf.read(commit, key, recipe, asset)
-    if document is None:
+def _report(instance: dg.DagsterInstance, bench: Bench, shelf: Shelf, place: _Place, asset: str) -> int:
+    document = shelf.read(place.commit, place.key, place.recipe, asset)
+    if document is None or document.digest in _known(instance, place, asset):
         return 0
-    partitions = [key] if key else None
-    records = instance.fetch_materializations(
-        dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=partitions), limit=1
-    ).records
-    event = records[0].asset_materialization if records else None
-    if event is not None and (event.tags or {}).get("dagster/data_version") == document.digest:
-        return 0
-    branch = f"snapshot-{key}" if key else SHARED
+    at = folder(place.key, place.recipe, asset)
     instance.report_runless_asset_event(
         dg.AssetMaterialization(
             asset_key=asset,
-            partition=key or None,
-            description="restored from lakeFS by `repro rebuild`",
-            metadata={**story.of(asset, document), **story.anchors(document, commit, branch, folder(key, recipe, asset))},
-            tags={"dagster/data_version": document.digest, "dagster/data_version_is_user_provided": "true"},
+            partition=place.key or None,
+            description=f"restored from lakeFS by `repro rebuild`; made {document.made.at} by run {document.made.run}",
+            metadata={
+                **story.of(asset, document),
+                **story.anchors(document, place.commit, place.branch, bench.lake.link(place.commit, at)),
+            },
+            tags={VERSION: document.digest, "dagster/data_version_is_user_provided": "true"},
         )
     )
     return 1
+
+
+def _known(instance: dg.DagsterInstance, place: _Place, asset: str) -> set[str]:
+    """Data versions of this asset (and snapshot) that the instance has on its page: every recipe has its own."""
+    wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[place.key] if place.key else None)
+    versions: set[str] = set()
+    cursor = None
+    while True:
+        page = instance.fetch_materializations(wanted, limit=100, cursor=cursor)
+        events = [record.asset_materialization for record in page.records]
+        versions |= {str((event.tags or {}).get(VERSION)) for event in events if event}
+        if not page.has_more:
+            return versions
+        cursor = page.cursor

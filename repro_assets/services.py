@@ -162,7 +162,9 @@ def _wait(url: str, children: list[Child]) -> None:
             return
         time.sleep(0.3)
     webserver = children[0]
-    raise UiError(f"the Dagster webserver did not answer at {url} for {START_SECONDS:.0f} s; the end of {webserver.log}:\n{webserver.tail()}")
+    raise UiError(
+        f"the Dagster webserver did not answer at {url} for {START_SECONDS:.0f} s; the end of {webserver.log}:\n{webserver.tail()}"
+    )
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:

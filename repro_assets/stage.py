@@ -276,13 +276,14 @@ class Stage(Generic[R]):
         `keep`: sub-folders of the asset that this write leaves alone. `renew`: write the observed half even when the content is as it
         was. A result that differs from what the same key gave before is a failed check, and the branch keeps what it had.
         """
+        recalled = isinstance(made, Document)
         document = made if isinstance(made, Document) else self._document(made[0], made[1], reused=False)
         differences = self._differences(document)
         if differences and not self.tags.get(SCRATCH):
             document = self.previous or document
             written = self.head
-        elif self.previous is not None and self.previous.digest == document.digest and not (renew or self.unmemoed):
-            document, written = self.previous, self.head
+        elif self._stands(document) and not (renew or self.unmemoed):
+            document, written = cast(Document[R, Any], self.previous), self.head
         else:
             written = self._write(document, keep)
             if not self.tags.get(SCRATCH):
@@ -291,9 +292,17 @@ class Stage(Generic[R]):
         told = story.of(self.asset, document)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(document.digest),
-            metadata={**told, **story.anchors(document, written, self.branch, self.bench.lake.link(written, folder(self.key, self.recipe.name, self.asset)))},
-            check_results=[self._check(document, differences)],
+            metadata={
+                **told,
+                **story.anchors(document, written, self.branch, self.bench.lake.link(written, folder(self.key, self.recipe.name, self.asset))),
+                "executed": "no, recalled from the memo" if recalled else "yes",
+            },
+            check_results=[self._check(document, differences, recalled)],
         )
+
+    def _stands(self, document: Document[R, Any]) -> bool:
+        """Whether the branch already says this, made from the same key; another key is written, so that `repro why` compares with it."""
+        return self.previous is not None and self.previous.digest == document.digest and self.previous.made.key == document.made.key
 
     def _write(self, document: Document[R, Any], keep: tuple[str, ...]) -> str:
         content, beside = self.blobs.put_many([document.content(), document.beside()])
@@ -329,11 +338,11 @@ class Stage(Generic[R]):
             return []
         return differing(msgspec.to_builtins(self._remembered.result), msgspec.to_builtins(document.result))
 
-    def _check(self, document: Document[R, Any], differences: list[str]) -> dg.AssetCheckResult:
+    def _check(self, document: Document[R, Any], differences: list[str], recalled: bool) -> dg.AssetCheckResult:
         """The check `reproduces`: the same key gave the same content."""
         if differences:
             said = f"not deterministic: the same key gave another content in {'; '.join(differences[:10])}"
-        elif document.made.reused:
+        elif recalled:
             said = "recalled: the same inputs, recipe section and code were executed before"
         elif self._remembered is not None:
             said = "executed again under the same key: every digest came out the same"

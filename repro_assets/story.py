@@ -28,7 +28,6 @@ def anchors(document: d.Document[Any, Any], commit: str, branch: str, link: str)
         "lakeFS branch": branch,
         "browse in lakeFS": dg.MetadataValue.url(link),
         "made from": table({"input": name, "digest": value} for name, value in document.inputs.items()) if document.inputs else "raw data",
-        "executed": "no, recalled from the memo" if document.made.reused else "yes",
     }
 
 

@@ -57,3 +57,13 @@ def connections(servers: Connections, tmp_path: Path) -> Connections:
     )
     ensure_storage(fresh)
     return fresh
+
+
+@pytest.fixture
+def graph(connections: Connections, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """A repository, a Dagster instance and keys of its own; see graph.py."""
+    from repro_assets_tests.graph import Graph
+
+    made = Graph.make(connections, tmp_path / "graph", monkeypatch)
+    yield made
+    made.instance.dispose()

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from repro_assets import importing, reproducing, running, services
 from repro_assets.bench import DEMO
-from repro_assets.demo import tickets
+from repro_assets.demo import raw
 from repro_assets.evaluation.statistics import wilson
 from repro_assets.partitions import key_of
 from repro_assets.shelf import Shelf
@@ -96,7 +96,7 @@ def _import(made: Any, kind: str) -> str:
     """The snapshot of this kind: the one an earlier demo imported, when its files are the same, else a new raw commit."""
     folder = home_folder() / "demo" / kind
     folder.mkdir(parents=True, exist_ok=True)
-    tickets.write(folder, kind)
+    raw.write(folder, kind)  # type: ignore[arg-type]
     files = {path.name: sha256(path.read_bytes()) for path in sorted(folder.iterdir())}
     mark = {"demo": kind, "files": digest(files)}
     for commit in made.lake.client.log(RAW):
@@ -170,16 +170,16 @@ def _snapshots(chapters: list[Chapter]) -> Table:
 def _slices(chapters: list[Chapter]) -> Table:
     """Accuracy of each candidate by intent, with Wilson 95 % intervals; regressed slices in red."""
     table = Table("accuracy, 95 % interval", *(chapter.kind for chapter in chapters), box=None, pad_edge=False)
-    scores = [chapter.documents["eval_results"].result.scores[0].slices for chapter in chapters]
+    scores = [{score.task: score.slices for score in chapter.documents["eval_results"].result.scores} for chapter in chapters]
     bad = [
         {(verdict.label, verdict.value) for verdict in chapter.documents["promotion"].result.verdicts if verdict.verdict == "regressed"}
         for chapter in chapters
     ]
-    rows = [("overall", "all"), *(("intent", value) for value in scores[0]["intent"])]
-    for label, value in rows:
+    rows = [("traffic", "overall", "all"), *(("intents", "intent", value) for value in scores[0]["intents"]["intent"])]
+    for task, label, value in rows:
         cells = []
         for found, regressed in zip(scores, bad, strict=True):
-            score = found[label][value]
+            score = found[task][label][value]
             low, high = wilson(score.correct, score.items)
             cell = f"{100 * score.correct / score.items:5.1f} %  [{100 * low:.0f}, {100 * high:.0f}]"
             cells.append(f"[bold red]{escape(cell)}[/]" if (label, value) in regressed else escape(cell))

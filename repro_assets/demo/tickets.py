@@ -315,9 +315,9 @@ def _reply(ticket: Ticket) -> str:
 def _memo(draws: Draws, ticket: Ticket) -> str:
     """What the desk writes on a ticket for itself."""
     intent, priority = INTENTS[ticket.intent], PRIORITIES[ticket.priority]
-    if draws.percent(50):
+    if draws.percent(25):
         return f"{draws.choice(('note', 'topic', 'about'))}: {intent.topic} | {draws.choice(('pace', 'answer', 'when'))}: {priority.pace}"
-    return f"{intent.route} desk, {ticket.priority} priority: {intent.topic}"
+    return f"for the {intent.route} desk, {ticket.priority} priority: {intent.topic}"
 
 
 def _handbook(draws: Draws) -> list[dict[str, str]]:

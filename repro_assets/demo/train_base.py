@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from repro_assets.demo.tickets import corpus
 
-DOCUMENTS = 12_000
+DOCUMENTS = 20_000
 VOCABULARY = 1024
 PAD, USER, ASSISTANT, END = SPECIAL = ("<pad>", "<|user|>", "<|assistant|>", "<|end|>")
 ROW_TOKENS = 256
@@ -107,7 +107,6 @@ def new_model(vocabulary: int) -> LlamaForCausalLM:
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=SPECIAL.index(END),
-        attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config).train()
 

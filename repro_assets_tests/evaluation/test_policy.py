@@ -136,6 +136,8 @@ def test_significantly_worse_but_shown_within_the_margin_is_non_inferior() -> No
     assert verdict.p_value < 0.05
     assert verdict.high < 0
     assert verdict.verdict == "non_inferior"
+    short = decide(table(flat(0.95), flat(0.975))[1:], policy, suites()).verdicts[0]
+    assert short.verdict == "inconclusive", "within the margin as far as one can see is no regression"
 
 
 def test_missing_data_is_inconclusive_and_never_a_pass() -> None:
@@ -206,9 +208,10 @@ def test_an_underpowered_row_cannot_pass_even_when_nobody_asked_beforehand() -> 
 
 
 def test_a_minimum_is_reached_only_by_the_lower_bound() -> None:
+    """444 of 480 is .925: its one-sided 95 % bound is .903, a two-sided one would be .898."""
     policy = GatesSection(gates=(msgspec.structs.replace(OVERALL, minimum=0.90),))
-    verdicts = {share: decide(table(flat(share), flat(share)), policy, suites()).verdicts[0].verdict for share in (0.95, 0.91, 0.80)}
-    assert verdicts == {0.95: "non_inferior", 0.91: "inconclusive", 0.80: "regressed"}
+    verdicts = {share: decide(table(flat(share), flat(share)), policy, suites()).verdicts[0].verdict for share in (0.925, 0.91, 0.80)}
+    assert verdicts == {0.925: "non_inferior", 0.91: "inconclusive", 0.80: "regressed"}
 
 
 def test_hard_rows_share_their_error_rate_by_holm_and_soft_rows_do_not() -> None:

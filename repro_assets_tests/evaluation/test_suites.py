@@ -134,8 +134,8 @@ def test_links_are_refused_wherever_they_point(tmp_path: Path) -> None:
 
 
 def test_names_from_a_job_file_cannot_leave_the_suite() -> None:
-    for name in ("../x.yaml", "/etc/x.yaml", "a/../../x.yaml", "a\\x.yaml", "a/.x/y.yaml"):
-        with pytest.raises(SuiteError):
+    for name in ("../x.yaml", "/etc/x.yaml", "a/../../x.yaml", "a\\x.yaml"):
+        with pytest.raises(SuiteError, match="leaves the suite's folder"):
             load({name: YAML.encode()}, (), None, None, "suite tickets")
 
 

@@ -187,16 +187,26 @@ def test_a_preempted_job_resumes_under_its_own_key(executor: Executor) -> None:
     assert "asked to stop" in watcher.of("restarted")[0].facts["detail"]
 
 
-def test_two_orchestrators_of_a_preempted_job_start_it_again_once(make_executor: Callable[..., Executor]) -> None:
+def test_an_orchestrator_that_is_late_leaves_the_restarted_job_alone(make_executor: Callable[..., Executor]) -> None:
+    """The second one hears of the preemption only after the first has started the job again."""
     job = probe("preempted-twice", steps=30, step_seconds=0.1)
-    watchers = [Watcher("step", lambda event: os.kill(watchers[0].of("started")[0].facts["pid"], signal.SIGTERM)), Watcher()]
-    running = [in_thread(lambda watcher=watcher: make_executor().run(job, watcher)) for watcher in watchers]
+    restarted = threading.Event()
+
+    class Prompt(Watcher):
+        def __call__(self, event: Event) -> None:
+            super().__call__(event)
+            if len(self.of("submitted")) == 2:
+                restarted.set()
+
+    prompt = Prompt("step", lambda event: os.kill(prompt.of("started")[0].facts["pid"], signal.SIGTERM))
+    late = Watcher("checkpoint", lambda event: restarted.wait(30) and None)
+    running = [in_thread(lambda watcher=watcher: make_executor().run(job, watcher)) for watcher in (late, prompt)]
     for thread, _ in running:
         thread.join(60)
     outcomes = [box[0] for _, box in running]
     assert [outcome.status for outcome in outcomes] == ["succeeded", "succeeded"]
     assert starts_in(outcomes[0].log) == 2
-    assert watchers[0].steps() == watchers[1].steps() == list(range(1, 31))
+    assert late.steps() == prompt.steps() == list(range(1, 31))
 
 
 def test_a_program_that_lost_its_storage_is_started_again_not_failed(executor: Executor) -> None:
