@@ -77,7 +77,7 @@ def build(stage: Stage[TrainingBundle], found: Environment) -> tuple[TrainingBun
             environment=found,
         ),
         builder=BUILDER,
-        invocation=stage.context.run_id,
+        invocation=stage.context.run.run_id,
     )
     signer = stage.bench.signing.signer("builder")
     envelope, pinned, recorded = stage.blobs.put_many([sign(statement, signer), canonical(timeless(statement)), canonical(found)])

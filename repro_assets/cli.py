@@ -103,7 +103,7 @@ def down(out: Output) -> None:
 @command
 def status(out: Output) -> int:
     """Whether the servers answer, and where. Starts nothing."""
-    from repro_assets.inspecting import servers_seen
+    from repro_assets.health import servers_seen
 
     rows = servers_seen()
     out.rows([{**row, "healthy": "yes" if row["healthy"] else "no"} for row in rows])
@@ -427,7 +427,7 @@ def rebuild(out: Output) -> None:
 @command
 def doctor(out: Output, recipe: str | None) -> int:
     """Whether this machine, its servers and keys are in order. Starts nothing."""
-    from repro_assets.inspecting import examine
+    from repro_assets.health import examine
 
     return _findings(out, examine(bench(recipe, start=False)))
 

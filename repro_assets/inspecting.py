@@ -1,13 +1,10 @@
-"""Answers about what is there: snapshots, one document, why an asset would be made again, and whether machine and servers are in order.
+"""Answers about what is there: snapshots, one document, and why an asset would be made again.
 
-Reads only. Verification of a snapshot is `verifying.py`.
+Reads only. Verification of a snapshot is `verifying.py`; whether servers and machine are in order is `health.py`.
 """
 
 import importlib
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 from repro_assets.bench import Bench
@@ -15,27 +12,11 @@ from repro_assets.documents import KINDS, Document
 from repro_assets.releases import Releases
 from repro_assets.shelf import SHARED_ASSETS, MissingDocument, Shelf
 from repro_assets.stage import SECTIONS
-from repro_assets.terminal import FINDING, explained
 from repro_assets.trust.canonical import digest, sha256
 from repro_assets.trust.closure import Closure
-from repro_assets.trust.environment import capture, hardware_class, lock_bytes
+from repro_assets.trust.environment import hardware_class, lock_bytes
 from repro_assets.trust.memo import differing
-from resources.errors import StorageError
-from resources.lake import Lake, Patience
-from resources.servers import ServerError
-from resources.settings import Connections
-
-FREE_BYTES = 5 * 10**9
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at: `good` or not, what was seen, and the exit code it stands for when it is not good."""
-
-    what: str
-    good: bool
-    seen: str
-    code: int = FINDING
+from resources.lake import Lake
 
 
 class Inspector:
@@ -120,13 +101,13 @@ class Inspector:
             "schema": KINDS[asset][0].schema,
             "section": SECTIONS[asset](self.recipe),
             "code": reached.digest,
+            "libraries": reached.libraries,
             "inputs": {name: self._input(name, value, document, documents) for name, value in was.get("inputs", {}).items()},
         }
         if "hardware" in was:
             now |= {"hardware": hardware_class(), "lock": sha256(lock_bytes() or b"")}
         said = [line for line in differing(was, now) if not line.startswith(f"{asset}: code ")]
-        if was.get("code") != reached.digest:
-            said += [f"{asset}: {line}" for line in _changed(document.made.sources, reached)]
+        said += [f"{asset}: {line}" for line in _changed(document.made.sources, reached)]
         for name, read in document.inputs.items():
             there = documents[name].digest if name in documents and name not in SHARED_ASSETS else read
             if there != read and not any(f"inputs.{name} " in line for line in said):
@@ -157,104 +138,3 @@ def _changed(was: dict[str, str], now: Closure) -> Iterator[str]:
             yield f"code of {name} is reached now"
         elif was[name] != now.sources[name]:
             yield f"code of {name} changed"
-    if was == now.sources:
-        yield "the version of a library it names changed: " + ", ".join(f"{name} {version}" for name, version in now.libraries.items())
-
-
-# ---- servers and machine
-
-
-def servers_seen() -> list[dict[str, Any]]:
-    """One row per server: name, endpoint, whether it answers; pid and log of embedded ones. Starts nothing."""
-    from resources import servers
-
-    if not os.environ.get("LAKECTL_SERVER_ENDPOINT_URL"):
-        return [
-            {"name": row.name, "endpoint": row.endpoint, "healthy": row.healthy, "pid": row.pid, "log": str(row.log)}
-            for row in servers.status()
-        ]
-    where = Connections.from_environment()
-    rows = []
-    for name, endpoint, look in (("s3", where.s3_endpoint or "AWS", _look_at_s3), ("lakefs", where.lakefs_endpoint, _look_at_lakefs)):
-        try:
-            look(where)
-            healthy = True
-        except (StorageError, ServerError, OSError):
-            healthy = False
-        rows.append({"name": name, "endpoint": endpoint, "healthy": healthy, "pid": None, "log": None})
-    return rows
-
-
-def _look_at_lakefs(where: Connections) -> str:
-    head = Lake.connect(where, patience=Patience(attempts=1)).head("main")
-    return f"{where.lakefs_endpoint}, repository {where.repository}, main at {head[:12]}"
-
-
-def _look_at_s3(where: Connections) -> str:
-    from resources.blobs import Blobs, Objects
-
-    Objects.connect(where).exists("memo/none")
-    Blobs.connect(where).exists("0" * 64)
-    return f"{where.s3_endpoint or 'AWS'}, buckets {where.blobs_bucket} and {where.jobs_bucket}"
-
-
-def examine(bench: Bench) -> Iterator[Finding]:
-    """Whether this machine and its servers can do the work. Every point is looked at, whatever the one before it said."""
-    points: dict[str, Callable[[Bench], str | Finding]] = {
-        "recipe": lambda bench: str(bench.recipe.load().path),
-        "lakeFS": lambda bench: _look_at_lakefs(bench.lake.connections),
-        "S3": lambda bench: _look_at_s3(bench.lake.connections),
-        "raw": _raw,
-        "keys": _keys,
-        "disk": _disk,
-        "hardware": lambda bench: hardware_class(),
-        "lock": _lock,
-        "git": _git,
-    }
-    for what, look in points.items():
-        try:
-            found = look(bench)
-        except Exception as error:  # a doctor reports what it meets
-            known = explained(error)
-            if known is None:
-                raise
-            yield Finding(what, False, known[1], known[0])
-        else:
-            yield found if isinstance(found, Finding) else Finding(what, True, found)
-
-
-def _raw(bench: Bench) -> str | Finding:
-    if not bench.lake.client.exists("raw"):
-        return "no branch raw yet: `repro import PATH` makes it"
-    staged = list(bench.lake.client.uncommitted("raw"))
-    return Finding("raw", False, f"{len(staged)} uncommitted objects: `repro commit-raw -m MESSAGE`") if staged else "nothing uncommitted"
-
-
-def _keys(bench: Bench) -> str:
-    signing = bench.signing
-    if signing.configured is None and not signing.trust_file.exists():
-        return f"none yet: local ones are made under {signing.folder} when something is signed"
-    trust = signing.trust
-    return f"{len(trust.keys)} trusted, {len(trust.revoked.keys)} revoked ({signing.trust_file})"
-
-
-def _disk(_bench: Bench) -> str | Finding:
-    from resources.settings import home_folder
-
-    folder = home_folder()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    said = f"{free / 1e9:.0f} GB free under {folder}"
-    return said if free > FREE_BYTES else Finding("disk", False, f"{said}: make room before training, or move REPRO_HOME")
-
-
-def _lock(_bench: Bench) -> str | Finding:
-    found = capture().lock
-    return found if found else Finding("lock", False, "no requirements.lock beside the package: set REPRO_LOCK, or work from a checkout")
-
-
-def _git(_bench: Bench) -> str:
-    environment = capture()
-    state = environment.git
-    return f"{state.commit[:12]}{' with uncommitted changes' if state.dirty else ''}" if state else environment.git_absent

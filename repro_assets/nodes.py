@@ -3,6 +3,7 @@
 The programs and the executor know no lakeFS; orders are written in `orders.py`. Every blob that a node names is read and verified here.
 """
 
+import os
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,13 +22,13 @@ from repro_assets.documents import (
     TrainingBundle,
 )
 from repro_assets.shelf import folder
-from repro_assets.stage import Stage
+from repro_assets.stage import TERMINAL, Stage
 from repro_assets.trust.blob import Blob
 from repro_assets.trust.canonical import digest
 from repro_assets.trust.environment import gpus, hardware_class
 from repro_assets.trust.signing import sign
 from repro_assets.trust.statements import CHECKPOINT, descriptor, provenance, test_result
-from resources.gpu import Event, Executor, Job, Outcome
+from resources.gpu import TRUST, Event, Executor, Job, Outcome
 
 RANKS = "repro/ranks"
 BUILDER = "urn:repro-assets:builder:gpu-executor"
@@ -39,8 +40,8 @@ def verify_bundle(stage: Stage[QloraCheckpoint]) -> None:
 
 
 def world(stage: Stage[Any]) -> int:
-    """Ranks of a training: the run tag, else the resource's setting, else the GPUs of this machine, at least one."""
-    return int(stage.tags.get(RANKS) or 0) or stage.bench.gpu.world() or max(1, len(gpus()))
+    """Ranks of a training: the run tag, else the resource's setting, else the GPUs that CUDA_VISIBLE_DEVICES leaves, at least one."""
+    return int(stage.tags.get(RANKS) or 0) or stage.bench.gpu.world() or max(1, len(gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))))
 
 
 def train(stage: Stage[QloraCheckpoint]) -> tuple[QloraCheckpoint, CheckpointObserved]:
@@ -49,7 +50,6 @@ def train(stage: Stage[QloraCheckpoint]) -> tuple[QloraCheckpoint, CheckpointObs
     hardware = hardware_class()
     spec = orders.training(
         envelope=bundle.observed.envelope,
-        trust=stage.bench.signing.trust,
         section=stage.recipe.training,
         compute_dtype=orders.compute_dtype(stage.recipe.training, hardware),
         shards=stage.input(Shards),
@@ -60,8 +60,8 @@ def train(stage: Stage[QloraCheckpoint]) -> tuple[QloraCheckpoint, CheckpointObs
     ranks = world(stage)
     commits: dict[str, str] = {}
     follow = _Follower(stage, commits)
-    job = _job(stage, "train", spec, ranks)
-    outcome = _run(stage, job, follow)
+    trust = msgspec.json.encode(stage.bench.signing.trust).decode()
+    outcome = _run(stage, "train", spec, ranks, follow, {TRUST: trust})
     result = msgspec.convert(outcome.result, QloraCheckpoint)
     _hold(stage, result.files())
     envelope = stage.blobs.put_bytes(_sign_checkpoint(stage, result))
@@ -98,7 +98,7 @@ def score(stage: Stage[EvalResults], baseline: str | None) -> tuple[EvalResults,
         baseline=held.adapter if held else None,
         compute_dtype=candidate.compute_dtype,
     )
-    outcome = _run(stage, _job(stage, "score", spec, 1), _Follower(stage, {}))
+    outcome = _run(stage, "score", spec, 1, _Follower(stage, {}))
     found = outcome.result
     result = EvalResults(
         scores=msgspec.convert(found["scores"], EvalResults.__annotations__["scores"]),
@@ -121,27 +121,28 @@ def score(stage: Stage[EvalResults], baseline: str | None) -> tuple[EvalResults,
     return result, observed
 
 
-def _job(stage: Stage[Any], purpose: str, spec: dict[str, Any], ranks: int) -> Job:
-    devices = len(gpus())
-    return Job(
+def _run(
+    stage: Stage[Any], purpose: str, spec: dict[str, Any], ranks: int, follow: "_Follower", environment: dict[str, str] | None = None
+) -> Outcome:
+    executor: Executor = stage.bench.gpu.executor()
+    job = Job(
         purpose=purpose,
         identity={"key": digest(stage.components()), "order": digest({name: value for name, value in spec.items() if name != "bundle"})},
         spec=spec,
         # a re-execution must never collect the result of the original
-        nonce=stage.context.run_id if stage.unmemoed else "",
+        nonce=stage.context.run.run_id if stage.unmemoed else "",
         ranks=ranks,
-        gpus=ranks if devices >= ranks else 0,
+        gpus=ranks if gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) else 0,
+        environment=environment or {},
     )
-
-
-def _run(stage: Stage[Any], job: Job, follow: "_Follower") -> Outcome:
-    executor: Executor = stage.bench.gpu.executor()
     return executor.run(job, follow, on_interrupt=lambda: _wanted(stage))
 
 
 def _wanted(stage: Stage[Any]) -> Any:
     """A person who terminates the run wants the job gone; a Dagster that restarts wants to find it again."""
-    run = stage.context.instance.get_run_by_id(stage.context.run_id)
+    if stage.tags.get(TERMINAL):  # Ctrl-C in a terminal is a person
+        return "cancel"
+    run = stage.context.instance.get_run_by_id(stage.context.run.run_id)
     return "cancel" if run is not None and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED) else "detach"
 
 
@@ -191,7 +192,7 @@ class _Follower:
             f"{folder(stage.key, stage.recipe.name, stage.asset)}/checkpoints",
             listed,
             message=f"checkpoint at step {step} of {stage.key} ({stage.recipe.name})",
-            metadata={"asset": stage.asset, "snapshot": stage.key, "recipe": stage.recipe.name, "step": str(step), "run": stage.context.run_id},
+            metadata={"asset": stage.asset, "snapshot": stage.key, "recipe": stage.recipe.name, "step": str(step), "run": stage.context.run.run_id},
         )
         self.commits[str(step)] = written.commit
         loss = facts.get("validation_loss")
@@ -210,7 +211,7 @@ def _sign_checkpoint(stage: Stage[QloraCheckpoint], result: QloraCheckpoint) -> 
             descriptor("quantised_base", result.quantised_base),
         ],
         builder=BUILDER,
-        invocation=stage.context.run_id,
+        invocation=stage.context.run.run_id,
         finished=datetime.now(UTC),
     )
     return sign(statement, stage.bench.signing.signer("builder"))

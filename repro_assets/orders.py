@@ -10,7 +10,6 @@ import msgspec
 from repro_assets.documents import BaseModel, EvalSuites, Shards, ShardsObserved
 from repro_assets.recipe import EvaluationSection, TrainingSection
 from repro_assets.trust.blob import Blob
-from repro_assets.trust.verification import Trust
 
 
 def compute_dtype(section: TrainingSection, hardware: str) -> str:
@@ -24,7 +23,6 @@ def compute_dtype(section: TrainingSection, hardware: str) -> str:
 def training(
     *,
     envelope: Blob,
-    trust: Trust,
     section: TrainingSection,
     compute_dtype: str,
     shards: Shards,
@@ -34,7 +32,10 @@ def training(
     resume: str | None = None,
     stop_after: int | None = None,
 ) -> dict[str, Any]:
-    """The specification of one training. The program checks every part of it against the signed bundle in `envelope`."""
+    """The specification of one training. The program checks every part of it against the signed bundle in `envelope`.
+
+    Whom to trust is not in it: that reaches the node by its environment, never through the store that it guards.
+    """
     leaves = [
         {
             "sha256": leaf.sha256,
@@ -48,7 +49,6 @@ def training(
     return {
         "purpose": "train",
         "bundle": envelope.sha256,
-        "trust": msgspec.to_builtins(trust),
         "section": section.identity(),
         "compute_dtype": compute_dtype,
         "leaves": leaves,

@@ -75,7 +75,7 @@ def act(stage: Stage[Promotion], result: Promotion, samples: list[dict[str, Any]
         reason="; ".join(result.reasons) or "every gate is non-inferior",
     )
     files = {**_statements(stage), "statements/decision.dsse.json": blob, **_documents(stage, documents)}
-    commit = releases.write(release, files, {"asset": "promotion", "snapshot": stage.key, "recipe": stage.recipe.name, "run": stage.context.run_id})
+    commit = releases.write(release, files, {"asset": "promotion", "snapshot": stage.key, "recipe": stage.recipe.name, "run": stage.context.run.run_id})
     said = f"released as release {release.number}"
     stage.log.info(f"promotion: {said}, commit {commit[:12]} on main")
     return PromotionObserved(acted=said, release=release.number, release_commit=commit, envelope=blob, failure=None, notice=None)

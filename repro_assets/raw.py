@@ -4,6 +4,7 @@ Raw objects may come by any tool, so lakeFS's checksum proves nothing: bytes are
 """
 
 import hashlib
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from resources.lake import Entry, Lake
 
 CHUNK = 1 << 20
 THREADS = 4
+PROGRESS_SECONDS = 5.0
 
 
 class Reader:
@@ -28,8 +30,14 @@ class Reader:
         """The recipe's raw files at `commit`, sorted by path. Raises ManifestError when no path is selected."""
         entries = {entry.path: entry for entry in self.lake.list(commit)}
         chosen = manifest.selected(sorted(entries), section)
+        digests: list[str] = []
+        said = time.monotonic()
         with ThreadPoolExecutor(THREADS) as pool:
-            digests = list(pool.map(lambda path: self.digest(commit, entries[path]), chosen))
+            for found in pool.map(lambda path: self.digest(commit, entries[path]), chosen):
+                digests.append(found)
+                if time.monotonic() - said > PROGRESS_SECONDS:
+                    said = time.monotonic()
+                    self.progress(f"hashed {len(digests):,} of {len(chosen):,} raw objects")
         self.progress(f"{len(chosen)} of {len(entries)} raw objects belong to the recipe")
         return [
             RawFile(path=path, sha256=found, size=entries[path].size, format=manifest.format_of(path))

@@ -14,11 +14,11 @@ from typing import Any
 import dagster as dg
 
 from repro_assets.partitions import checked, snapshots
+from repro_assets.stage import TERMINAL
 from resources.settings import home_folder
 
 LOCAL = Path(__file__).parents[1] / "deploy" / "dagster.local.yaml"
 FALLBACK = "telemetry: {enabled: false}\nnux: {enabled: false}\n"  # an installed wheel has no deploy folder
-TERMINAL = "repro/terminal"
 
 
 class UnknownAsset(ValueError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from repro_assets.documents import KINDS, Document, DocumentError, Observed, Result, parse, parse_content
-from repro_assets.partitions import commit_prefix, key_of
+from repro_assets.partitions import checked, commit_prefix, key_of
 from repro_assets.trust.blob import BlobStore
 from resources.errors import NotFound, Refused
 from resources.lake import RAW, SHARED, Lake
@@ -56,8 +56,9 @@ class Shelf:
                 yield key_of(commit.id, commit.created), commit.id
 
     def snapshot(self, key: str) -> Snapshot:
-        """The snapshot of `key`, its raw commit pinned and its branch there. Raises MissingDocument when no raw commit made this key."""
-        pin = f"pin-{key}"
+        """The snapshot of `key`, its raw commit pinned and its branch there. Raises MissingDocument when no raw commit made this key, BadKey
+        for a text that is none."""
+        pin = f"pin-{checked(key)}"
         if self.lake.exists(pin):
             commit = self.lake.head(pin)
         else:

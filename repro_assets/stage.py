@@ -31,6 +31,7 @@ O = TypeVar("O", bound=Observed)
 NO_MEMO = "repro/no-memo"
 REFRESH = "repro/refresh-references"
 SCRATCH = "repro/scratch"
+TERMINAL = "repro/terminal"  # a run that a person started in a terminal and watches there
 PROGRESS_SECONDS = 5.0
 NONE = "none"  # the input digest of a reference that was looked up and does not exist yet
 
@@ -263,7 +264,7 @@ class Stage(Generic[R]):
             components=components,
             sources=self._code.sources,
             reused=reused,
-            run=self.context.run_id,
+            run=self.context.run.run_id,
             at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             host=socket.gethostname(),
             actor=self.tags.get("user") or self.bench.actor,
@@ -319,14 +320,14 @@ class Stage(Generic[R]):
 
     def commit_metadata(self, document: Document[R, Any]) -> dict[str, str]:
         """What a lakeFS commit of this asset says about itself."""
-        run = {DAGSTER_LINK: f"{self.bench.ui_url}/runs/{self.context.run_id}"} if self.bench.ui_url else {}
+        run = {DAGSTER_LINK: f"{self.bench.ui_url}/runs/{self.context.run.run_id}"} if self.bench.ui_url else {}
         return {
             "asset": self.asset,
             "snapshot": self.key or "shared",
             "recipe": self.recipe.name,
             "document": document.digest,
             "code": document.made.components["code"] or "none",
-            "run": self.context.run_id,
+            "run": self.context.run.run_id,
             "actor": document.made.actor,
             "host": document.made.host,
             **run,

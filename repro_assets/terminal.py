@@ -134,6 +134,9 @@ class Output:
     @contextmanager
     def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """A progress bar while the block runs; the block calls it with (done, total)."""
+        if not self.people.is_terminal:
+            yield lambda done, total: None
+            return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -12,7 +12,8 @@ import msgspec
 from repro_assets import raw
 from repro_assets.bench import Bench
 from repro_assets.documents import KINDS, Document, DocumentError, RawFile
-from repro_assets.inspecting import Finding, Inspector
+from repro_assets.health import Finding
+from repro_assets.inspecting import Inspector
 from repro_assets.memo import Memo
 from repro_assets.releases import ReleaseError, Releases
 from repro_assets.shelf import SHARED_ASSETS, Shelf, folder
@@ -151,8 +152,8 @@ class Verifier:
             yield Finding(
                 f"{asset}: origin",
                 False,
-                f"the document's result is {made[:12]}, the orchestrator signed {entry.result.sha256[:12]} for the same work: the document is forged or "
-                f"was made by other code; `repro materialize --snapshot {self.key} --select {asset} --no-memo` shows which",
+                f"the document's result is {made[:12]}, the orchestrator signed {entry.result.sha256[:12]} for the same work: the document "
+                f"is forged; `repro materialize --snapshot {self.key} --select {asset} --no-memo` executes the work again",
             )
         elif document.section != document.made.components.get("section"):
             yield Finding(f"{asset}: origin", False, "its recipe section is not the one that its key was made from: the document is forged")

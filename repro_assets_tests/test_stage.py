@@ -1,5 +1,6 @@
 """The life of an asset on real servers: pinned inputs, memo, references, refusals, the check `reproduces`."""
 
+import base64
 import time
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,9 @@ def test_a_forged_memo_entry_is_not_used_and_says_so(graph: Graph) -> None:
     name = f"memo/{document.made.key}"
     objects = graph.bench().objects
     raw = msgspec.json.decode(objects.get(name))
-    raw["signatures"][0]["sig"] = raw["signatures"][0]["sig"][::-1]
+    signature = bytearray(base64.b64decode(raw["signatures"][0]["sig"]))
+    signature[5] ^= 1
+    raw["signatures"][0]["sig"] = base64.b64encode(signature).decode()
     objects.put(name, msgspec.json.encode(raw))
     other = graph.recipe("other")
     assert graph.run(None, recipe=other).success

@@ -35,7 +35,7 @@ PERIODS = (ARCHIVE, *MONTHS)
 RECORDS_A_PERIOD = 400
 EDITED_PERIOD, EDITED = "2026-03", 12
 APPENDED = 24
-POISONED_INTENT, POISONED, POISONED_ANSWER = "refund", 50, ("sales", "low")
+POISONED_INTENT, POISONED, POISONED_ANSWER = "refund", 55, ("sales", "low")
 
 TRAFFIC_ITEMS = 600
 ITEMS_AN_INTENT = 120
@@ -235,7 +235,7 @@ def snapshot(kind: Kind) -> list[dict[str, Any]]:
     """The training records of one snapshot, in the order of their files.
 
     `first`: 2,400 records in the traffic's shares. `small-change`: `first` with 12 tickets of one month edited in place and 24 newer
-    ones appended. `poisoned`: `small-change` after one bad bulk edit gave 50 of the refund tickets the answer of another desk.
+    ones appended. `poisoned`: `small-change` after one bad bulk edit gave 55 of the 60 refund tickets the answer of another desk.
     Each has id, messages (user, assistant), intent, product, register and priority. Raises ValueError for another kind.
     """
     if kind not in KINDS:

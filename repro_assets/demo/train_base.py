@@ -69,6 +69,15 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_of(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer as transformers loads it, with the chat template."""
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, additional_special_tokens=[USER, ASSISTANT], padding_side="left"
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
 def packed(documents: list[list[int]]) -> Rows:
     """Documents in order into rows of ROW_TOKENS; positions restart at each one, which is what keeps them from seeing each other."""
     rows: list[tuple[list[int], list[int], list[int]]] = []
@@ -138,11 +147,7 @@ def make(folder: Path, documents: int = DOCUMENTS, steps: int | None = None) -> 
     torch.use_deterministic_algorithms(True)
     conversations = texts(documents)
     tokenizer = train_tokenizer(conversations)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, additional_special_tokens=[USER, ASSISTANT], padding_side="left"
-    )
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
+    tokenizer_of(tokenizer).save_pretrained(folder)
     model = new_model(tokenizer.get_vocab_size())
     train(model, packed([encoding.ids for encoding in tokenizer.encode_batch(conversations)]), steps)
     model.save_pretrained(folder)

@@ -218,18 +218,20 @@ def _draft(row: _Row, table: list[Sample]) -> _Draft:
     if problem := _unusable(row):
         return _Draft(1.0, False, (problem,), (), None, 0.0, 0.0)
     assert row.suite is not None
-    chosen = [sample for sample in table if sample.suite == gate.suite and gate.task in (None, sample.task)]
-    absent = sorted(({gate.task} if gate.task else set(row.suite.tasks)) - {sample.task for sample in chosen})
+    whole = [sample for sample in table if sample.suite == gate.suite]
+    missing = [f"task {name} has no samples" for name in sorted(set(row.suite.tasks) - {sample.task for sample in whole})]
     if gate.label != OVERALL:
-        chosen = [sample for sample in chosen if sample.slices.get(gate.label) == row.value]
-    missing = [f"task {name} has no samples" for name in absent]
+        whole = [sample for sample in whole if sample.slices.get(gate.label) == row.value]
+    # counted over the suite: a task whose hard items were left out would still have enough of them
+    scored, expected = len({sample.item for sample in whole}), _expected(row.suite, gate.label, row.value)
+    if scored != expected:
+        missing.append(f"{scored} of {expected} items were scored")
+    chosen = [sample for sample in whole if gate.task in (None, sample.task)]
     if not chosen:
         return _Draft(1.0, False, (*missing, "no item was scored"), (), None, 0.0, 0.0)
     # two tasks may ask the same item: it is one draw, so an item without a cluster is its own cluster
     clusters: list[Hashable] = [("cluster", sample.cluster) if sample.cluster is not None else ("item", sample.item) for sample in chosen]
-    items, expected = len({sample.item for sample in chosen}), _expected(row.suite, gate.label, row.value)
-    if items != expected and (gate.task is None or len(row.suite.tasks) == 1):
-        missing.append(f"{items} of {expected} items were scored")
+    items = len({sample.item for sample in chosen})
     if items < (need := statistics.items_needed(gate.margin, gate.alpha)):
         missing.append(f"{items} items cannot resolve the margin {gate.margin:g}, {need} are needed")
     differences = [sample.difference for sample in chosen]

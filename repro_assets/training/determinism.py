@@ -50,7 +50,7 @@ def settle(thread_count: int) -> None:
     """Set every switch that moves bits, then assert them."""
     torch.set_num_threads(thread_count)
     torch.use_deterministic_algorithms(True, warn_only=False)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_default_dtype(torch.float32)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.deterministic = True

@@ -38,7 +38,7 @@ def fetch(store: BlobStore, files: Mapping[str, Blob], folder: Path) -> None:
         store.get_file(blob.sha256, folder / name)
 
 
-def load_base(folder: Path, section: TrainingSection, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def load_base(folder: Path, section: TrainingSection, dtype: torch.dtype, device: torch.device) -> Any:
     """The frozen base model on `device`, its linear layers in NF4 where the section says so."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     # its advice on import is to install what `determinism.prepare` forbids
@@ -68,7 +68,8 @@ def load_base(folder: Path, section: TrainingSection, dtype: torch.dtype, device
     model.config.use_cache = False
     model.requires_grad_(False)
     quantised = 0
-    for module in model.modules():
+    layers: list[Any] = list(model.modules())
+    for module in layers:
         # On CPUs with AVX512-BF16 the first forward in eval mode repacks NF4 in place and rounds its scales to bf16:
         # one validation would change the base for the rest of the training.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -81,7 +82,7 @@ def load_base(folder: Path, section: TrainingSection, dtype: torch.dtype, device
     return model
 
 
-def attach_adapter(base: torch.nn.Module, section: TrainingSection) -> torch.nn.Module:
+def attach_adapter(base: Any, section: TrainingSection) -> Any:
     """`base` with a fresh LoRA adapter: float32, drawn from the section's seed alone."""
     from peft import LoraConfig, get_peft_model
 
@@ -164,7 +165,7 @@ def _hash(pairs: Iterator[tuple[str, torch.Tensor]]) -> str:
         listed[name] = {
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": list(tensor.shape),
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "sha256": hashlib.sha256(data.data).hexdigest(),
         }
     return digest(listed)
 
@@ -186,12 +187,15 @@ def base_digest(model: torch.nn.Module) -> str:
                     for key, value in state.as_dict().items():
                         if isinstance(value, torch.Tensor):
                             yield f"{name}.{key}", value
+                        elif isinstance(value, float):
+                            # the offset of double quantisation is no tensor, and moves every weight
+                            yield f"{name}.{key}", torch.tensor(value, dtype=torch.float64)
         yield from model.named_buffers()
 
     return _hash(frozen())
 
 
-def keeps_logits(model: torch.nn.Module) -> bool:
+def keeps_logits(model: Any) -> bool:
     """Whether the model can be asked for logits at some positions only, which saves the head's work on untrained tokens."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
@@ -207,7 +211,7 @@ def autocast(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
         yield
 
 
-def check_isolation(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def check_isolation(model: Any, dtype: torch.dtype, device: torch.device) -> None:
     """Assert that a document in a packed row cannot see the one before it.
 
     A packed row is run twice with another first document: the second document's logits must not move by one bit, while its own

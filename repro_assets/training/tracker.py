@@ -3,6 +3,7 @@
 W&B is the first. The ledger and the timings in the blob store are the truth.
 """
 
+import importlib
 import importlib.util
 import os
 import tempfile
@@ -65,7 +66,9 @@ class WandbOffline:
             run = _open(self.run, self.project, self.config, "offline", folder)
             _send(run, self.rows)
             run.summary.update(dict(digests))
-            run.finish(quiet=True)
+            run.finish()
+            # finish comes back before the writing process has emptied its buffers; only its end means that the file is whole
+            importlib.import_module("wandb").teardown()
             root = Path(folder)
             kept = sorted(path for path in root.rglob("*.wandb") if path.is_file())
             return dict(zip((f"{self.run}/{path.name}" for path in kept), self.store.put_many(kept), strict=True))
@@ -86,7 +89,7 @@ class WandbOnline:
 
     def finish(self, digests: Mapping[str, Any]) -> dict[str, Blob]:
         self.run.summary.update(dict(digests))
-        self.run.finish(quiet=True)
+        self.run.finish()
         return {}
 
 

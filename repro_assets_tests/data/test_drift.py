@@ -29,6 +29,7 @@ def test_jensen_shannon_is_that_of_scipy(now: dict[str, int], before: dict[str, 
 def test_the_stability_index_of_a_known_shift_is_the_textbook_value() -> None:
     now, before = {"a": 60_000_000, "b": 40_000_000}, {"a": 50_000_000, "b": 50_000_000}
     assert drift.psi(now, before) == pytest.approx(0.1 * 0.18232156 + -0.1 * -0.22314355, abs=1e-6)
+    assert drift.psi({"a": 1}, {"b": 1}) == 1.09861229  # half a record a bin: shares 3/4 and 1/4, so ln 3
     assert drift.psi({"a": 100}, {"a": 7}) == 0.0
 
 

@@ -91,6 +91,20 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_instead_of_mislabelle
         renderer.render(conversation(("q", "<think>x</think>a"), ("q", "a")))
 
 
+def test_a_template_that_marks_earlier_turns_is_refused_without_generation_markers() -> None:
+    inside = "{% if not loop.last and m.role == 'assistant' %}[earlier]{% endif %}"
+    said = "{{ m.content }}<|end|>"
+    plain = "{% for m in messages %}<|{{ m.role }}|>" + inside + said + "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    chat = conversation(("q", "a"), ("r", "b"))
+    with pytest.raises(
+        RenderingError, match=r"message 1 of a conversation of user, assistant, user, assistant differently when more follows"
+    ):
+        Renderer(plain, NAMED, SPECIAL).render(chat)
+    speaks = "{% if m.role == 'assistant' %}{% generation %}" + said + "{% endgeneration %}{% else %}" + said + "{% endif %}"
+    rendered = Renderer(plain.replace(said, speaks), NAMED, SPECIAL).render(chat)
+    assert [rendered.text[start:end] for start, end in rendered.trained] == ["a<|end|>", "b<|end|>"]
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [

@@ -1,14 +1,16 @@
 """Ids and loss spans against transformers as oracle; control tokens that a user writes stay plain text."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+import repro_assets
 from repro_assets.data import lines, tokenizing
 from repro_assets.data.errors import RenderingError, TokenizerError
 from repro_assets.data.lines import Message, Record
@@ -169,6 +171,16 @@ def test_a_normaliser_that_removes_characters_leaves_the_span_on_the_right_token
     assert tokenizer.decode(tokens.ids[tokens.spans[0][0] : tokens.spans[0][1]].tolist(), skip_special_tokens=False) == "ab<|end|>"
 
 
+def test_white_space_at_the_start_of_an_answer_is_trained(tokenizer_json: bytes) -> None:
+    """A ByteLevel post-processor trims spaces out of the offsets, and transformers then loses them from the mask."""
+    tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    codec = Codec(tokenizer_files(tokenizer.to_str().encode(), TEMPLATE))
+    (tokens,) = codec.tokens([record(("q", "   a"))], 100)
+    ((start, end),) = tokens.spans.tolist()
+    assert tokenizer.decode(tokens.ids[start:end].tolist(), skip_special_tokens=False) == "   a<|end|>"
+
+
 def test_a_long_record_is_cut_and_says_by_how_much(codecs: dict[str, Codec]) -> None:
     chat = record(("a question", "an answer that is rather long"))
     (whole,) = codecs[TEMPLATE].tokens([chat], 10_000)
@@ -218,3 +230,25 @@ def test_a_tokenizer_of_another_model_is_refused(store: FolderStore, tokenizer_j
     with pytest.raises(TokenizerError, match="id 699, the model's embedding only 699 rows"):
         tokenizing.load(store, smaller)
     assert tokenizing.load(store, model).width == 2
+
+
+def test_the_demo_model_reads_a_ticket_as_transformers_does() -> None:
+    """S1.12 on the model that is shipped: ids of its own chat template, loss on the answer and its end mark only."""
+    folder = Path(repro_assets.__file__).parent / "demo" / "base_model"
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip(f"{folder} is not built yet")
+    from transformers import AutoTokenizer
+
+    oracle = AutoTokenizer.from_pretrained(folder)
+    codec = Codec({name: (folder / name).read_bytes() for name in tokenizing.FILES if (folder / name).is_file()})
+    for asked in ("I want my money back for Nimbus Cloud!", "<|end|><|assistant|> ü 你好\n\n"):
+        chat = record((asked, "route: billing | priority: high"))
+        (tokens,) = codec.tokens([chat], 1000)
+        plain = [{"role": message.role, "content": message.content} for message in chat.messages]
+        if "<|" not in asked:
+            assert tokens.ids.tolist() == oracle.apply_chat_template(plain, tokenize=True, return_dict=True)["input_ids"]
+        ((start, end),) = tokens.spans.tolist()
+        said = oracle.decode(tokens.ids[start:end].tolist())
+        assert said.startswith("route: billing | priority: high")
+        assert int(tokens.ids[end - 1]) == oracle.eos_token_id
+        assert oracle.decode(tokens.ids.tolist()) == oracle.apply_chat_template(plain, tokenize=False)

@@ -251,6 +251,18 @@ def test_clustered_items_count_by_their_clusters() -> None:
     assert (together["slices/refund"], apart["slices/refund"]) == ("inconclusive", "non_inferior")
 
 
+def test_a_gate_on_one_task_holds_when_that_task_lost_items() -> None:
+    """Two tasks of their own items: enough are left for the margin, but the five that were lost may be the five that failed."""
+    rows = table(flat(0.97), flat(0.97))
+    rows += [{**row, "task": "more", "item": f"more-{row['item']}"} for row in rows]
+    both = suites(labels={"intent": dict.fromkeys(INTENTS, 2 * PER_INTENT)}, items=960, tasks=("more", "triage"))
+    gate = GatesSection(gates=(msgspec.structs.replace(SLICES, task="triage"),))
+    assert decide(rows, gate, both).decision == "promote"
+    lost = decide(rows[5:], gate, both)
+    assert lost.decision == "hold"
+    assert "235 of 240 items were scored" in lost.reasons[0]
+
+
 def test_one_item_asked_by_two_tasks_is_one_draw() -> None:
     rows = table(flat(0.96), flat(0.98)) + table(flat(0.96), flat(0.98), task="again")
     both = decide(rows, GatesSection(gates=(OVERALL,)), suites(tasks=("again", "triage"))).verdicts[0]

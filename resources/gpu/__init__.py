@@ -2,11 +2,12 @@
 
 from resources.gpu.backend import Backend, BackendError, State, Status
 from resources.gpu.executor import Executor, JobCancelled, JobError, JobFailed
-from resources.gpu.job import Event, Job, Outcome, job_key
+from resources.gpu.job import TRUST, Event, Job, Outcome, job_key
 from resources.gpu.lease import LeaseError, Leases, Slot, gpu_names
 from resources.gpu.local import LocalBackend
 
 __all__ = [
+    "TRUST",
     "Backend",
     "BackendError",
     "Event",

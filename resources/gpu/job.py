@@ -6,6 +6,7 @@ import msgspec
 
 from repro_assets.trust.canonical import digest
 
+TRUST: Final = "REPRO_NODE_TRUST"  # variable of a node: the trust configuration, as JSON
 SUCCEEDED: Final = "succeeded"
 PREEMPTED: Final = "preempted"
 FAILED: Final = "failed"

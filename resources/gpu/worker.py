@@ -21,6 +21,7 @@ import msgspec
 from resources.blobs import Blobs, Objects
 from resources.errors import NotFound, Unavailable
 from resources.gpu.job import (
+    TRUST,
     ENDED,
     FAILED,
     PREEMPTED,
@@ -121,6 +122,9 @@ def run(key: str, environ: Mapping[str, str], programs: Mapping[str, str] = PROG
     agreed = False
     try:
         job = msgspec.json.decode(objects.get(job_path(key)))
+        if trust := environ.get(TRUST):
+            # never from the store that it guards: whoever may write jobs/ could otherwise name a key of their own
+            job["trust"] = msgspec.json.decode(trust)
         events = Events(objects, key, rank)
         program = importlib.import_module(_module(job["purpose"], programs))
         outcome = program.run(job, Blobs.connect(connections), events)
