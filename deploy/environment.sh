@@ -45,9 +45,17 @@ begun=$(date +%s)
     say "$(find "$fetched" -mindepth 1 -maxdepth 1 -newer .venv/.started 2>/dev/null | wc -l | tr -d ' ') packages fetched, $(($(date +%s) - begun)) s"
 done) &
 ticker=$!
+child=
 trap 'kill $ticker 2>/dev/null || true' EXIT
+trap 'kill $child 2>/dev/null || true; exit 143' TERM HUP
+trap 'kill $child 2>/dev/null || true; exit 130' INT
+run() {
+    "$@" &
+    child=$!
+    wait "$child"
+}
 
-"$uv" pip sync --quiet --python .venv/bin/python --require-hashes deploy/requirements.lock ||
+run "$uv" pip sync --quiet --python .venv/bin/python --require-hashes deploy/requirements.lock ||
     fail "the locked packages could not be installed: check the network or the package index (UV_INDEX_URL), then repeat; what was fetched is kept"
 "$uv" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable . 2>/dev/null ||
     "$uv" pip install --quiet --python .venv/bin/python --no-deps --editable . || fail "the project itself could not be installed"

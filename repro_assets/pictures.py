@@ -1,8 +1,8 @@
-"""Small PNG pictures of what documents say, for asset pages and reports. Pure: numbers in, bytes out.
+"""Pictures of what documents say: PNGs by matplotlib, and SVG sketches so short that Dagster shows them inline. Numbers in, bytes out.
 
+Dagster's asset page folds Markdown of 1,000 characters and more behind a link, and no PNG that one can read is that short.
 Which picture belongs to which asset is `story.py`. matplotlib is imported on first use: it takes a second.
 """
-
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -66,3 +66,74 @@ def intervals(rows: Sequence[Interval], label: str, limit: float | None = None) 
         axes.axvline(limit, color=RED, linestyle="--", linewidth=1)
     axes.set_xlabel(label, fontsize=8)
     return _png(figure)
+
+
+# ---- sketches
+
+INLINE = 700  # bytes of SVG: base64 and the Markdown around it stay below Dagster's 1,000 characters
+WIDE, HIGH = 420, 110
+
+
+def _svg(height: int, body: str) -> str:
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDE}" height="{height}" font-family="sans-serif" font-size="10">{body}</svg>'
+
+
+def _line(points: Sequence[tuple[float, float]], colour: str) -> str:
+    coordinates = " ".join(f"{x:.0f},{y:.0f}" for x, y in points)
+    return f'<polyline fill="none" stroke="{colour}" points="{coordinates}"/>'
+
+
+def losses_sketch(train: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]]) -> bytes:
+    """The loss curve, training in blue and validation in orange, thinned until it is short enough."""
+    last = max((step for step, _ in [*train, *validation]), default=1)
+    top = max((loss for _, loss in [*train, *validation]), default=1.0) or 1.0
+
+    def place(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+        return [(30 + (WIDE - 40) * step / last, 8 + (HIGH - 28) * (1 - loss / top)) for step, loss in points]
+
+    for count in (48, 32, 24, 16, 8):
+        thin = [train[round(index * (len(train) - 1) / (count - 1))] for index in range(count)] if len(train) > count else list(train)
+        body = (
+            _line(place(thin), "blue")
+            + _line(place(validation[-12:]), "orange")
+            + f'<text y="14">{top:.1f}</text><text y="90">0</text><text x="30" y="106">loss by step</text><text x="{WIDE - 30}" y="106">{last}</text>'
+        )
+        found = _svg(HIGH, body).encode()
+        if len(found) <= INLINE:
+            break
+    return found
+
+
+def histogram_sketch(counts: Mapping[str, int], label: str) -> bytes:
+    """Bars of counts by the lower edges of powers of two."""
+    edges = sorted(counts, key=int)
+    top = max(counts.values(), default=1) or 1
+    wide = (WIDE - 10) / max(1, len(edges))
+    bars = "".join(
+        f"M{5 + wide * index:.0f} 90v-{80 * counts[edge] / top:.0f}h{wide - 4:.0f}V90" for index, edge in enumerate(edges)
+    )
+    names = "".join(f'<text x="{5 + wide * index:.0f}" y="102">{edge}</text>' for index, edge in enumerate(edges[:9]))
+    return _svg(HIGH, f'<path fill="blue" d="{bars}"/>{names}<text x="300" y="10">{label}</text>').encode()
+
+
+def intervals_sketch(rows: Sequence[Interval], low: float, high: float) -> bytes:
+    """One interval a row on an axis from `low` to `high`; rows whose colour is RED are red. Names go first when it gets too long."""
+    span = (high - low) or 1.0
+
+    def at(value: float) -> float:
+        return 110 + (WIDE - 120) * (min(max(value, low), high) - low) / span
+
+    for named in (True, False):
+        for count in (len(rows), 12, 8):
+            shown = rows[:count]
+            paths = {True: "", False: ""}
+            names = ""
+            for index, (name, middle, start, end, colour) in enumerate(shown):
+                y = 10 + 13 * index
+                paths[colour == RED] += f"M{at(start):.0f} {y}H{at(end):.0f}M{at(middle):.0f} {y - 3}v6"
+                names += f'<text y="{y + 3}">{name.split(": ")[-1][:14]}</text>' if named else ""
+            strokes = "".join(f'<path stroke="{"red" if bad else "blue"}" d="{path}"/>' for bad, path in paths.items() if path)
+            found = _svg(14 + 13 * len(shown), names + strokes).encode()
+            if len(found) <= INLINE:
+                return found
+    return found

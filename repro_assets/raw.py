@@ -27,7 +27,7 @@ class Reader:
         self.lake, self.memo, self.again, self.progress = lake, memo, again, progress
 
     def files(self, commit: str, section: RawSection) -> list[RawFile]:
-        """The recipe's raw files at `commit`, sorted by path. Raises ManifestError when no path is selected."""
+        """The recipe's raw files at `commit`, sorted by path."""
         entries = {entry.path: entry for entry in self.lake.list(commit)}
         chosen = manifest.selected(sorted(entries), section)
         digests: list[str] = []

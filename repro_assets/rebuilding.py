@@ -52,13 +52,14 @@ def rebuild(instance: dg.DagsterInstance, bench: Bench, progress: Callable[[int,
     missing = [key for key in keys if key not in known]
     for start in range(0, len(missing), BATCH):
         instance.add_dynamic_partitions(str(snapshots.name), missing[start : start + BATCH])
-    places = _places(shelf, lake, keys, bench.recipe.load().recipe.name)
+    own = bench.recipe.load().recipe.name
+    places = _places(shelf, lake, keys, own)
     reported = 0
     for done, place in enumerate(places):
         if progress:
             progress(done, len(places))
         for asset in place.assets:
-            reported += _report(instance, bench, shelf, place, asset)
+            reported += _report(instance, bench, shelf, place, asset, own)
     return Rebuilt(len(missing), reported)
 
 
@@ -77,9 +78,15 @@ def _places(shelf: Shelf, lake: Lake, keys: list[str], own: str) -> list[_Place]
     return found
 
 
-def _report(instance: dg.DagsterInstance, bench: Bench, shelf: Shelf, place: _Place, asset: str) -> int:
+def _report(instance: dg.DagsterInstance, bench: Bench, shelf: Shelf, place: _Place, asset: str, own: str) -> int:
     document = shelf.read(place.commit, place.key, place.recipe, asset)
-    if document is None or document.digest in _known(instance, place, asset):
+    if document is None:
+        return 0
+    known = _known(instance, place, asset)
+    if place.recipe == own:
+        if known[:1] == [document.digest]:
+            return 0
+    elif document.digest in (*known, shelf.digest_at(place.commit, place.key, own, asset)):
         return 0
     at = folder(place.key, place.recipe, asset)
     instance.report_runless_asset_event(
@@ -97,15 +104,15 @@ def _report(instance: dg.DagsterInstance, bench: Bench, shelf: Shelf, place: _Pl
     return 1
 
 
-def _known(instance: dg.DagsterInstance, place: _Place, asset: str) -> set[str]:
-    """Data versions of this asset (and snapshot) that the instance has on its page: every recipe has its own."""
+def _known(instance: dg.DagsterInstance, place: _Place, asset: str) -> list[str]:
+    """Data versions of this asset (and snapshot) that the instance has, newest first."""
     wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[place.key] if place.key else None)
-    versions: set[str] = set()
+    versions: list[str] = []
     cursor = None
     while True:
         page = instance.fetch_materializations(wanted, limit=100, cursor=cursor)
         events = [record.asset_materialization for record in page.records]
-        versions |= {str((event.tags or {}).get(VERSION)) for event in events if event}
+        versions += [str((event.tags or {}).get(VERSION)) for event in events if event]
         if not page.has_more:
             return versions
         cursor = page.cursor

@@ -350,6 +350,8 @@ def _check(path: Path, tree: Any, recipe: Recipe) -> None:
         refuse(["records", "sources"], "at least one source is needed to read anything")
     if not 0 <= recipe.records.split.validation < 1:
         refuse(["records", "split", "validation"], "a share between 0 and 1")
+    if recipe.training.row_tokens < recipe.sharding.max_tokens:
+        refuse(["training", "row_tokens"], f"a packed row must hold the longest record: at least sharding.max_tokens ({recipe.sharding.max_tokens})")
     for name in ("row_tokens", "rows", "micro_batches", "epochs", "checkpoint_every", "validate_every"):
         if getattr(recipe.training, name) < 1:
             refuse(["training", name], "must be at least 1")

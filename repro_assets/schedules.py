@@ -1,5 +1,6 @@
 """Schedules. All ship stopped: automation is the user's decision."""
 
+import os
 from collections.abc import Iterator
 
 import dagster as dg
@@ -10,10 +11,10 @@ from repro_assets.partitions import snapshots
 
 @dg.schedule(
     job=whole,
-    cron_schedule="0 3 * * 1",
+    cron_schedule=os.environ.get("REPRO_RETRAIN_CRON", "0 3 * * 1"),
     execution_timezone="UTC",
     default_status=dg.DefaultScheduleStatus.STOPPED,
-    description="Retrain on the newest snapshot, Mondays at 03:00 UTC. Mostly memo hits when nothing changed.",
+    description="Retrain on the newest snapshot: Mondays at 03:00 UTC, or as REPRO_RETRAIN_CRON says. Mostly memo hits when nothing changed.",
 )
 def retrain_newest(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
     """One run on the newest snapshot; its key begins with its time, so the greatest is the newest."""

@@ -62,8 +62,13 @@ def plain(value: Any) -> Any:
 
 
 def picture(alt: str, png: bytes) -> dg.MarkdownMetadataValue:
-    """An inline picture; below 50 kB because it lives in the event log."""
+    """The picture in full, behind a link on the page; below 50 kB because it lives in the event log."""
     return dg.MetadataValue.md(f"![{plain(alt)}](data:image/png;base64,{base64.b64encode(png).decode()})")
+
+
+def sketch(alt: str, svg: bytes) -> dg.MarkdownMetadataValue:
+    """A picture that Dagster shows inline: Markdown below 1,000 characters."""
+    return dg.MetadataValue.md(f"![{plain(alt)}](data:image/svg+xml;base64,{base64.b64encode(svg).decode()})")
 
 
 def size(count: int) -> str:
@@ -151,7 +156,8 @@ def shards(result: d.Shards, observed: d.ShardsObserved) -> dict[str, Any]:
     return {
         "summary": table(rows),
         "reuse": reused,
-        "lengths": picture("tokens a record", pictures.histogram(result.lengths, "tokens a record")),
+        "lengths": sketch("lengths", pictures.histogram_sketch(result.lengths, "tokens a record")),
+        "lengths in full": picture("tokens a record", pictures.histogram(result.lengths, "tokens a record")),
         "truncated": f"{result.truncated_records} records, {result.truncated_tokens} tokens; {result.untrained_records} records without a trained token left out",
         "engine": f"{result.engine.name} {result.engine.version}, canary {result.engine.canary[:12]}",
         "tokenizer": result.tokenizer,
@@ -196,13 +202,14 @@ def qlora_checkpoint(result: d.QloraCheckpoint, observed: d.CheckpointObserved) 
             "validation loss": "-" if point.validation_loss is None else f"{point.validation_loss:.4f}",
             "best": point.step == result.best_step,
             "lakeFS commit": observed.commits.get(str(point.step), "")[:12],
-            "tensors": point.tensors,
+            "tensors": point.tensors[:16],
         }
         for point in result.checkpoints
     )
     hours = ", ".join(f"{name} {value:.4f}" for name, value in observed.device_hours.items())
     return {
-        "loss": picture("loss by step", pictures.losses(observed.losses, observed.validation, result.best_step)),
+        "loss": sketch("loss by step", pictures.losses_sketch(observed.losses, observed.validation)),
+        "loss in full": picture("loss", pictures.losses(observed.losses, observed.validation, result.best_step)),
         "checkpoints": table(rows),
         "adapter tensors": result.tensors,
         "speed": f"{observed.steps_per_second:.2f} steps/s, {observed.tokens_per_second:,.0f} tokens/s, {observed.seconds:.1f} s in all",
@@ -233,8 +240,10 @@ def eval_results(result: d.EvalResults, observed: d.EvalObserved) -> dict[str, A
                     }
                 )
                 bars.append((name, found.correct / found.items, low, high, pictures.BLUE))
-        told[f"{score.suite}: {score.metric}"] = table(rows)
-        told[f"{score.suite}: picture"] = picture(f"{score.suite} by slice", pictures.intervals(bars, f"{score.metric}, Wilson 95 % interval"))
+        name = f"{score.suite}/{score.task}"
+        told[f"{name} by slice"] = sketch(f"{name} by slice", pictures.intervals_sketch(bars, 0.0, 1.0))
+        told[f"{name}, {score.metric}"] = table(rows)
+        told[f"{name} in full"] = picture(name, pictures.intervals(bars, f"{score.metric}, Wilson 95 % interval"))
     return {
         **told,
         "baseline": result.baseline,
@@ -269,12 +278,14 @@ def promotion(result: d.Promotion, observed: d.PromotionObserved) -> dict[str, A
         )
         for verdict in result.verdicts
     ]
+    lows, highs = [bar[2] for bar in bars], [bar[3] for bar in bars]
     return {
         "decision": result.decision,
         "reasons": "; ".join(plain(reason) for reason in result.reasons) or "every gate is non-inferior",
         "done": observed.acted,
+        "differences": sketch("candidate minus baseline", pictures.intervals_sketch(bars, min(-20.0, *lows), max(20.0, *highs))),
         "gates": table(rows),
-        "differences": picture("candidate minus baseline", pictures.intervals(bars, "candidate minus baseline, points", 0.0)),
+        "differences in full": picture("differences", pictures.intervals(bars, "candidate minus baseline, points", 0.0)),
         "policy": result.policy,
         "adapter": result.adapter,
         **({"failure bundle": observed.failure.sha256} if observed.failure else {}),

@@ -10,7 +10,7 @@ from repro_assets.trust.closure import closure
 CODE = closure("repro_assets.basemodel", libraries=("safetensors", "huggingface-hub"))
 
 
-@dg.asset(code_version=CODE.digest, check_specs=reproduces("base_model"), kinds={"huggingface", "lakefs"}, group_name="shared")
+@dg.asset(code_version=CODE.digest, check_specs=reproduces("base_model"), kinds={"huggingface", "lakefs"})
 def base_model(context: dg.AssetExecutionContext, stages: Stages) -> dg.MaterializeResult:
     """The base model's safetensors, tokenizer and chat template, by digest. Not partitioned: snapshots name it by digest."""
     stage = stages.begin(context, BaseModel, code=CODE)

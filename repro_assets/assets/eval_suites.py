@@ -10,7 +10,7 @@ from repro_assets.trust.closure import closure
 CODE = closure("repro_assets.evaluation.suites", libraries=("pyyaml", "lm-eval"))
 
 
-@dg.asset(code_version=CODE.digest, check_specs=reproduces("eval_suites"), kinds={"yaml", "lakefs"}, group_name="shared")
+@dg.asset(code_version=CODE.digest, check_specs=reproduces("eval_suites"), kinds={"yaml", "lakefs"})
 def eval_suites(context: dg.AssetExecutionContext, stages: Stages) -> dg.MaterializeResult:
     """What models are scored on, by digest: tasks, golden answers, slices. Not partitioned: snapshots name them by digest."""
     stage = stages.begin(context, EvalSuites, code=CODE)

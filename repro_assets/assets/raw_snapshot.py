@@ -25,7 +25,7 @@ def raw_snapshot(context: dg.AssetExecutionContext, stages: Stages) -> dg.Materi
     started = time.monotonic()
     reader = raw.Reader(stage.bench.lake.client, stage.memo, again=stage.unmemoed, progress=stage.log.info)
     files = reader.files(stage.snapshot.commit, stage.recipe.raw)
-    result = manifest.build(files, stage.blobs)
+    result = manifest.build(files, stage.blobs, stage.recipe.raw)
     first_seen, window = reader.history(stage.snapshot.commit, [file.path for file in files])
     seconds = round(time.monotonic() - started, 3)
     return stage.commit((result, RawObserved(commit=stage.snapshot.commit, first_seen=first_seen, window=window, seconds=seconds)))

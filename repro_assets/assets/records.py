@@ -18,7 +18,7 @@ CODE = closure("repro_assets.data.records", libraries=("msgspec", "pyarrow"))
     partitions_def=snapshots,
     code_version=CODE.digest,
     check_specs=reproduces("records"),
-    kinds={"parquet", "lakefs"},
+    kinds={"json", "lakefs"},
 )
 def records(context: dg.AssetExecutionContext, stages: Stages) -> dg.MaterializeResult:
     """Rows as records: strict reading, quarantine, exact duplicates, contamination, keyed split, content-defined leaves."""

@@ -38,6 +38,21 @@ def fetch(store: BlobStore, files: Mapping[str, Blob], folder: Path) -> None:
         store.get_file(blob.sha256, folder / name)
 
 
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """While it is open, `torch.compile` hands functions back as they are.
+
+    bitsandbytes compiles two of its fallbacks on import and runs them uncompiled when that fails: other bits on a machine without a
+    compiler. It also makes the import load the whole compiler, which costs 3 s of CPU time at every start.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function=None, **_: function if function is not None else (lambda inner: inner)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
 def load_base(folder: Path, section: TrainingSection, dtype: torch.dtype, device: torch.device) -> Any:
     """The frozen base model on `device`, its linear layers in NF4 where the section says so."""
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -45,6 +60,9 @@ def load_base(folder: Path, section: TrainingSection, dtype: torch.dtype, device
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging as their_logging
+
+    with uncompiled():
+        import bitsandbytes  # noqa: F401
 
     their_logging.disable_progress_bar()
     quantization = None

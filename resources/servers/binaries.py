@@ -78,7 +78,10 @@ PROGRAMS = {"lakefs": LAKEFS, "s3": S3}
 
 
 def find_all(progress: Progress = quiet) -> dict[str, Path]:
-    """Both binaries, made side by side when they must be made."""
+    """Both binaries, made side by side when they must be made. A wrong variable is told before anything is made."""
+    for program in PROGRAMS.values():
+        if named := os.environ.get(program.variable):
+            _named(program, Path(named).expanduser())
     with ThreadPoolExecutor(len(PROGRAMS)) as pool:
         futures = {name: pool.submit(find, program, progress) for name, program in PROGRAMS.items()}
         return {name: future.result() for name, future in futures.items()}
@@ -88,7 +91,7 @@ def find(program: Program, progress: Progress = quiet) -> Path:
     """The binary of one program by the first route that has it. ServerError names every route tried."""
     named = os.environ.get(program.variable)
     if named:
-        return _named(program, Path(named).expanduser(), progress)
+        return _named(program, Path(named).expanduser())
     notes: list[str] = []
     found = _on_path(program, notes)
     if found:
@@ -137,7 +140,7 @@ def cached_binary(program: Program) -> Path:
     return cache_folder() / f"{program.program}-{program.version}-{key}" / program.program
 
 
-def _named(program: Program, path: Path, progress: Progress) -> Path:
+def _named(program: Program, path: Path) -> Path:
     if not (path.is_file() and os.access(path, os.X_OK)):
         raise ServerError(
             f"{program.variable} is {path}: that is no executable file. Correct it, or unset it to have the binary found or built"
