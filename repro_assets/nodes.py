@@ -22,7 +22,7 @@ from repro_assets.documents import (
     TrainingBundle,
 )
 from repro_assets.shelf import folder
-from repro_assets.stage import TERMINAL, Stage
+from repro_assets.stage import SCRATCH, TERMINAL, Stage
 from repro_assets.trust.blob import Blob
 from repro_assets.trust.canonical import digest
 from repro_assets.trust.environment import gpus, hardware_class
@@ -61,7 +61,9 @@ def train(stage: Stage[QloraCheckpoint]) -> tuple[QloraCheckpoint, CheckpointObs
     commits: dict[str, str] = {}
     follow = _Follower(stage, commits)
     trust = msgspec.json.encode(stage.bench.signing.trust).decode()
-    outcome = _run(stage, "train", spec, ranks, follow, {TRUST: trust})
+    # a re-execution is no experiment of its own for a tracker
+    quiet = {"REPRO_WANDB": "off"} if stage.tags.get(SCRATCH) else {}
+    outcome = _run(stage, "train", spec, ranks, follow, {TRUST: trust, **quiet})
     result = msgspec.convert(outcome.result, QloraCheckpoint)
     _hold(stage, result.files())
     envelope = stage.blobs.put_bytes(_sign_checkpoint(stage, result))

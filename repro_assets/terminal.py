@@ -35,6 +35,7 @@ CODES: dict[int, tuple[str, ...]] = {
         "repro_assets.trust.artifact.ArtifactRefused",
         "repro_assets.trust.blob.BlobError",
         "repro_assets.trust.memo.ForgedMemo",
+        "repro_assets.trust.statements.StatementError",
         "repro_assets.trust.verification.Refused",
         "resources.errors.StorageError",
         "resources.gpu.executor.JobError",

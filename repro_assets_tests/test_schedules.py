@@ -5,6 +5,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from repro_assets.definitions import defs
 from repro_assets.partitions import snapshots
 from repro_assets.schedules import retrain_newest
 
@@ -12,7 +13,9 @@ MONDAY, NEXT = datetime(2026, 1, 5, 3, tzinfo=UTC), datetime(2026, 1, 12, 3, tzi
 
 
 def due(instance: dg.DagsterInstance, at: datetime) -> dg.RunRequest | dg.SkipReason:
-    found = retrain_newest.evaluate_tick(dg.build_schedule_context(instance, scheduled_execution_time=at))
+    found = retrain_newest.evaluate_tick(
+        dg.build_schedule_context(instance, scheduled_execution_time=at, repository_def=defs.get_repository_def())
+    )
     return found.run_requests[0] if found.run_requests else dg.SkipReason(found.skip_message)
 
 

@@ -102,7 +102,7 @@ def run(job: dict[str, Any], store: BlobStore, events: Events) -> dict[str, Any]
     from repro_assets.training import determinism
 
     determinism.prepare()
-    determinism.settle(determinism.threads(1))
+    determinism.settle()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtype = determinism.compute_dtype(parsed.compute_dtype, device)
     hardware = determinism.hardware(device)

@@ -38,17 +38,14 @@ def prepare() -> None:
             raise TrainingError(f"environment: {name}={os.environ[name]!r}, training needs {value!r}; unset it")
 
 
-def threads(local_size: int) -> int:
-    """Threads for this rank: OMP_NUM_THREADS, else this process's cores shared by the ranks of the node."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdigit() and int(given) > 0:
-        return int(given)
-    return max(1, len(os.sched_getaffinity(0)) // max(1, local_size)) if hasattr(os, "sched_getaffinity") else 1
+#: CPU threads of a rank. A constant, because the number of threads moves the bits of large matrix products (seen between one and two
+#: threads on an AVX-512 CPU): more cores are used by more ranks, which move nothing.
+THREADS = 1
 
 
-def settle(thread_count: int) -> None:
+def settle() -> None:
     """Set every switch that moves bits, then assert them."""
-    torch.set_num_threads(thread_count)
+    torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True, warn_only=False)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_default_dtype(torch.float32)
@@ -112,14 +109,3 @@ def attention(device: torch.device) -> Iterator[None]:
 def mix(*position: int | str) -> int:
     """A seed of 63 bits out of (seed, step, micro-batch): no generator's state has to be kept, and none can be lost."""
     return int.from_bytes(hashlib.sha256(repr(position).encode()).digest()[:8], "little") >> 1
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run reductions on one thread: with more, a CPU splits a long sum by the thread count, which the world size moves."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)

@@ -143,8 +143,7 @@ class Trainer:
         for parameter in self.parameters.values():
             parameter.grad = total[at : at + parameter.numel()].view_as(parameter)
             at += parameter.numel()
-        with determinism.one_thread():
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.section.clip, foreach=False)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.section.clip, foreach=False)
         rate = learning_rate(self.section, number, self.course.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

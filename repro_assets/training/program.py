@@ -40,7 +40,7 @@ def run(job: dict[str, Any], store: BlobStore, events: Events) -> Outcome:
         parsed = parse(job)
         determinism.prepare()
         world = exchange.join()
-        determinism.settle(determinism.threads(_local_size()))
+        determinism.settle()
         try:
             outcome = Training(parsed, store, events, world, preemption, began).run()
         except Preempted:
@@ -53,10 +53,6 @@ def run(job: dict[str, Any], store: BlobStore, events: Events) -> Outcome:
         # only on the way out without an error: after one, the other ranks may never come here
         exchange.leave(world)
         return outcome
-
-
-def _local_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
 class Training:

@@ -24,7 +24,7 @@ def trainer(job: Job, store: BlobStore, section: TrainingSection) -> loop.Traine
     """A trainer on the job's model and data with another section, alone."""
     determinism.prepare()
     world = exchange.join()
-    determinism.settle(1)
+    determinism.settle()
     with tempfile.TemporaryDirectory() as folder:
         model.fetch(store, job.base_model, Path(folder))
         base = model.load_base(Path(folder), section, torch.float32, world.device)

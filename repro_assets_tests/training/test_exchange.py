@@ -17,7 +17,7 @@ from repro_assets.training import determinism, exchange
 from repro_assets.training.job import TrainingError
 determinism.prepare()
 world = exchange.join()
-determinism.settle(1)
+determinism.settle()
 generator = torch.Generator().manual_seed(1)
 parts = torch.randn(8, 1003, generator=generator) * torch.logspace(-4, 4, 8)[:, None]
 total = exchange.OrderedSum(world, 1003)

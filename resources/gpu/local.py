@@ -207,9 +207,8 @@ class LocalBackend:
         """The orchestrator's environment without what a node must not have, then what the job needs."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(DROPPED) and name not in RANK_VARIABLES}
         root = str(Path(resources.__file__).parent.parent)
-        slots = 1 if job.gpus else self.leases.cpu_slots
         return {
-            "OMP_NUM_THREADS": str(max(1, _cores() // (job.ranks * slots))),
+            "OMP_NUM_THREADS": "1",  # the programs insist on it too: more cores are used by more ranks
             **kept,
             "HF_HUB_OFFLINE": "1",  # a program reads blobs and nothing else
             "PYTHONPATH": os.pathsep.join(part for part in (root, kept.get("PYTHONPATH")) if part),
@@ -246,10 +245,6 @@ def _is_torchrun(process: psutil.Process) -> bool:
         return "torch.distributed.run" in process.cmdline()
     except psutil.Error:
         return False
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _clock(at: float) -> str:
