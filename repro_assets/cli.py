@@ -84,8 +84,19 @@ def up(out: Output) -> None:
     from resources import servers
 
     where = servers.up(progress=lambda said: click.echo(said, err=True))
+    if (where.home / "dagster" / "dagster.yaml").exists():
+        _settle(out)
     out.say(f"lakeFS {where.lakefs_endpoint}   S3 {where.s3_endpoint}   state {where.home}")
     out.result({"lakefs": where.lakefs_endpoint, "s3": where.s3_endpoint, "home": str(where.home)})
+
+
+def _settle(out: Output) -> None:
+    """Runs whose process is gone would be shown as running for ever."""
+    from repro_assets import abandoned, running
+
+    with running.open_instance() as instance:
+        for run in abandoned.settle(instance):
+            out.say(f"run {run} was abandoned by its process: marked as failed")
 
 
 @main.command()
@@ -462,6 +473,7 @@ def dev(out: Output) -> None:
     from repro_assets import services
 
     bench()
+    _settle(out)
     with services.running() as ui:
         out.say(
             f"Dagster UI  {ui.url}\nAll automation ships stopped: start sensors and schedules on the Automation page. Ctrl-C ends the UI."

@@ -13,6 +13,7 @@ from typing import Any
 
 import dagster as dg
 
+from repro_assets.abandoned import mark
 from repro_assets.partitions import checked, snapshots
 from repro_assets.stage import TERMINAL
 from resources.settings import home_folder
@@ -96,7 +97,7 @@ def materialize(
         partition_key=key,
         asset_selection=[known[name] for name in (select or known)],
         run_config=config,
-        tags={TERMINAL: "true", **(tags or {})},
+        tags={TERMINAL: mark(), **(tags or {})},
         raise_on_error=False,
     )
     return _ran(done)
@@ -132,6 +133,8 @@ def _failure(error: Any) -> tuple[str, str]:
         error = error.cause
     if error is None:
         return "", "the run failed; see its page in the UI"
+    if error.cls_name == "DagsterExecutionInterruptedError":
+        return error.cls_name, "interrupted; the same command continues where this one stopped"
     # Dagster keeps the text of traceback.format_exception_only: the class's full name, a colon, the message
     name, _, said = str(error.message).strip().partition(": ")
     return (name, said) if error.cls_name and name.endswith(error.cls_name) else (error.cls_name or "", str(error.message).strip())

@@ -100,7 +100,10 @@ def run(job: dict[str, Any], store: BlobStore, events: Events) -> dict[str, Any]
     import torch
 
     from repro_assets.training import determinism
+    from repro_assets.training import model as training_model
 
+    with training_model.uncompiled():  # before PEFT imports it with the whole compiler behind it
+        import bitsandbytes  # noqa: F401
     determinism.prepare()
     determinism.settle()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -28,10 +28,10 @@ Tensors = Mapping[str, torch.Tensor]
 class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a training state belongs to; a resume is refused when any of these differs.
 
-    `bundle`, `section`, `base_model`, `plan` and `init` are digests; `quantised_base` of the base as loaded; `trainable` of the keys.
+    `training` (what the training is made of), `section`, `base_model`, `plan` and `init` are digests; `quantised_base` of the base as loaded; `trainable` of the keys.
     """
 
-    bundle: str
+    training: str
     section: str
     base_model: str
     quantised_base: str

@@ -132,7 +132,8 @@ class Training:
         """What this training is; every rank must come to the same."""
         parameters = model.trainable(self.network)
         return checkpoint.Identity(
-            bundle=self.bundle,
+            # not the bundle: one signed anew for another commit of the same code must give the same manifests
+            training=self.job.content,
             section=self.job.section.digest(),
             base_model=self.job.base,
             quantised_base=model.base_digest(self.network),

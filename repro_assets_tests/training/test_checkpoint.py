@@ -14,7 +14,7 @@ from repro_assets.trust.blob import Blob, FolderStore
 from repro_assets_tests.training.lab import builtins
 
 IDENTITY = checkpoint.Identity(
-    bundle="b", section="s", base_model="m", quantised_base="q", plan="p", trainable="t", init="i", adapter_dtype="float32",
+    training="b", section="s", base_model="m", quantised_base="q", plan="p", trainable="t", init="i", adapter_dtype="float32",
     compute_dtype="float32", hardware="cpu-avx2", optimizer="adamw", steps=12,
 )  # fmt: skip
 
