@@ -5,6 +5,7 @@ Only this machine's processes are judged. What such a run left half done is nobo
 
 import os
 import socket
+from collections.abc import Mapping
 
 import dagster as dg
 import msgspec
@@ -32,7 +33,7 @@ def settle(instance: dg.DagsterInstance) -> list[str]:
     return ended
 
 
-def _gone(tags: dict[str, str]) -> str:
+def _gone(tags: Mapping[str, str]) -> str:
     """Why the run's process is certainly gone; empty when it lives or nobody here can tell."""
     if place := tags.get(TERMINAL):
         host, _, rest = place.partition(" ")

@@ -9,7 +9,7 @@ import dagster as dg
 # Checks that know partitions are a preview of Dagster 1.13; without them a check's history mixes all snapshots.
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)
 
-from repro_assets import assets  # noqa: E402  after the filter, since the decorators warn at import
+from repro_assets import assets
 from repro_assets.bench import (
     Bench,
     BlobsResource,

@@ -41,7 +41,7 @@ class Observed(Value):
 
 
 R = TypeVar("R", bound=Result)
-O = TypeVar("O", bound=Observed)
+Seen = TypeVar("Seen", bound=Observed)
 
 
 class Made(Value):
@@ -57,13 +57,13 @@ class Made(Value):
     actor: str
 
 
-class Document(msgspec.Struct, Generic[R, O], frozen=True, kw_only=True):
+class Document(msgspec.Struct, Generic[R, Seen], frozen=True, kw_only=True):
     """One asset in one snapshot. `inputs` maps a name (an upstream asset, or a reference such as `baseline`) to a content digest."""
 
     inputs: dict[str, str]
     section: dict[str, Any]
     result: R
-    observed: O
+    observed: Seen
     made: Made
 
     def content(self) -> bytes:
@@ -88,7 +88,7 @@ class Document(msgspec.Struct, Generic[R, O], frozen=True, kw_only=True):
         return dict(sorted({**content, **observed}.items()))
 
 
-def parse(kind: type[R], observed: type[O], content: bytes, beside: bytes) -> Document[R, O]:
+def parse(kind: type[R], observed: type[Seen], content: bytes, beside: bytes) -> Document[R, Seen]:
     """The document in `content` (document.json) and `beside` (observed.json).
 
     Raises DocumentError naming the asset and the field for an unknown field, a wrong type, another asset or a schema of the future.

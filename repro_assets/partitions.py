@@ -1,7 +1,7 @@
 """The snapshots partition, and the rule that makes a partition key from a raw commit. Finding and pinning commits is in `shelf.py`."""
 
 import re
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import dagster as dg
 
@@ -20,7 +20,7 @@ def key_of(commit: str, created: int) -> str:
 
     Dagster checks no dynamic key (it accepts empty ones, commas and line breaks), so this rule is the only guard.
     """
-    key = f"{datetime.fromtimestamp(created, timezone.utc):%Y%m%d-%H%M%S}-{commit[:SHORT]}"
+    key = f"{datetime.fromtimestamp(created, UTC):%Y%m%d-%H%M%S}-{commit[:SHORT]}"
     return checked(key)
 
 

@@ -7,7 +7,7 @@ looks is in `story.py`. Nothing here knows what any asset means.
 import socket
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, BinaryIO, Generic, TypeVar, cast
 
 import dagster as dg
@@ -15,7 +15,7 @@ import msgspec
 
 from repro_assets import story
 from repro_assets.bench import Bench
-from repro_assets.documents import KINDS, Document, Made, Observed, RawFile, RawSnapshot, Result
+from repro_assets.documents import KINDS, Document, Made, RawFile, Result
 from repro_assets.memo import Memo, Remembered
 from repro_assets.recipe import Loaded, Recipe
 from repro_assets.shelf import SHARED_ASSETS, MissingDocument, Shelf, Snapshot, folder
@@ -23,10 +23,9 @@ from repro_assets.trust.canonical import digest, sha256
 from repro_assets.trust.closure import Closure
 from repro_assets.trust.environment import hardware_class, lock_bytes
 from repro_assets.trust.memo import differing
-from resources.lake import DAGSTER_LINK, RAW, SHARED
+from resources.lake import DAGSTER_LINK, SHARED
 
 R = TypeVar("R", bound=Result)
-O = TypeVar("O", bound=Observed)
 
 NO_MEMO = "repro/no-memo"
 REFRESH = "repro/refresh-references"
@@ -173,7 +172,7 @@ class Stage(Generic[R]):
 
     # ---- inputs
 
-    def document(self, kind: type[R]) -> Document[Any, Any]:
+    def document(self, kind: type[Result]) -> Document[Any, Any]:
         """The upstream document as pinned."""
         return self._documents[kind.asset]
 
@@ -265,7 +264,7 @@ class Stage(Generic[R]):
             sources=self._code.sources,
             reused=reused,
             run=self.context.run.run_id,
-            at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            at=datetime.now(UTC).isoformat(timespec="seconds"),
             host=socket.gethostname(),
             actor=self.tags.get("user") or self.bench.actor,
         )

@@ -38,7 +38,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> dg.TableMetadataValue | str:
         return "none"
     if len(listed) > ROWS:
         first = next(iter(listed[0]))
-        rest = {name: "" for name in listed[0]}
+        rest = dict.fromkeys(listed[0], "")
         listed = [*listed[:ROWS], {**rest, first: f"… and {len(listed) - ROWS} more"}]
     return dg.MetadataValue.table(
         [dg.TableRecord(row) for row in listed], schema=dg.TableSchema([dg.TableColumn(name, _kind(listed, name)) for name in listed[0]])

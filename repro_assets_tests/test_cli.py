@@ -281,9 +281,11 @@ def test_bad_raw_data_stops_the_run_with_file_line_and_reason(
     for name, data in files.items():
         (folder / name).write_bytes(data)
     name = folder.name.lower()[:40]
-    recipe = made.graph.recipe(name, changes.get("text", RECIPE).replace("tickets/**", f"{name}/**"), quarantine=0.001)
+    recipe = made.graph.recipe("bad", changes.get("text", RECIPE).replace("tickets/**", f"{name}/**"), quarantine=0.001)
     key = repro("import", folder, "--to", name, "--json").json["key"]
-    assert repro("materialize", "-r", recipe).code == GOOD
+    if not made.graph.bench().lake.client.exists("bad-is-prepared"):  # its shared assets serve every case
+        assert repro("materialize", "-r", recipe).code == GOOD
+        made.graph.bench().lake.client.ensure_branch("bad-is-prepared", "main")
     answer = repro("materialize", "-s", key, "--select", "raw_snapshot,records", "-r", recipe, "--json")
     refused(answer, code, *words)
     made_assets = {row["asset"] for row in answer.json["assets"]}

@@ -120,7 +120,7 @@ def _chapter(made: Any, instance: dg.DagsterInstance, kind: str, out: Any, phase
 
 
 def _ran(ran: running.Ran, phases: dict[str, float], name: str) -> None:
-    if not ran.success or ran.failed_checks and name != "poisoned":
+    if not ran.success or (ran.failed_checks and name != "poisoned"):
         raise DemoFailed(f"{name}: {ran.failure or '; '.join(ran.failed_checks)} (run {ran.run_id})")
     phases[name] = sum(ran.seconds.values())
 

@@ -3,7 +3,6 @@
 Needs a blob store and the job's events, nothing else. The step loop is `loop.py`.
 """
 
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence

@@ -21,11 +21,11 @@ import msgspec
 from resources.blobs import Blobs, Objects
 from resources.errors import NotFound, Unavailable
 from resources.gpu.job import (
-    TRUST,
     ENDED,
     FAILED,
     PREEMPTED,
     SUCCEEDED,
+    TRUST,
     errors_prefix,
     event_path,
     events_prefix,

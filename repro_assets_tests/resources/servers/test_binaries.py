@@ -151,7 +151,7 @@ def test_a_named_binary_that_cannot_run_is_an_error_and_never_replaced(monkeypat
 def test_a_release_with_another_sha256_is_refused_and_nothing_of_it_is_kept(releases: tuple) -> None:  # type: ignore[type-arg]
     _, program, _ = releases
     lines: list[str] = []
-    wrong = replace(program, archives={name: "0" * 64 for name in program.archives})
+    wrong = replace(program, archives=dict.fromkeys(program.archives, "0" * 64))
     with pytest.raises(ServerError) as caught:
         binaries.find(wrong, lines.append)
     (actual,) = program.archives.values()
