@@ -115,6 +115,10 @@ class Shelf:
         inputs, _section, result = parse_content(kind, self.blobs.get_bytes(digest))
         return inputs, result
 
+    def section_of(self, digest: str, kind: type[Result]) -> dict[str, Any]:
+        """The recipe section that the document with this digest was made under."""
+        return parse_content(kind, self.blobs.get_bytes(digest))[1]
+
     def shared(self, recipe: str, asset: str, key: str | None) -> Document[Any, Any]:
         """The newest document of a shared asset. Raises MissingDocument with the command that makes it."""
         found = self.read(self.lake.head(SHARED), "", recipe, asset) if self.lake.exists(SHARED) else None

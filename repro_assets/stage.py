@@ -161,10 +161,21 @@ class Stage(Generic[R]):
             named = [self.previous.inputs[name]]
         if named:
             _inputs, result = self.shelf.by_digest(named[0], kind)
+            self._fits(name, self.shelf.section_of(named[0], kind))
             self.inputs[name], self._results[name] = named[0], digest(result)
             self._shared[name] = result
         else:
-            self._hold(name, self.shelf.shared(self.recipe.name, name, self.key))
+            newest = self.shelf.shared(self.recipe.name, name, self.key)
+            self._fits(name, newest.section)
+            self._hold(name, newest)
+
+    def _fits(self, name: str, section: dict[str, Any]) -> None:
+        """Refuse a shared document that the present recipe would not have made."""
+        if changed := differing(section, SECTIONS[name](self.recipe)):
+            raise StaleInput(
+                f"{name} was made by another recipe than {self.loaded.path.name} is now: {'; '.join(changed[:5])}. Make it again "
+                f"(`repro materialize --select {name}`), then `repro materialize --snapshot {self.key} --refresh-references`; or take the change back"
+            )
 
     def _hold(self, name: str, document: Document[Any, Any]) -> None:
         self._documents[name] = document
@@ -285,9 +296,9 @@ class Stage(Generic[R]):
         elif self._stands(document) and not (renew or self.unmemoed):
             document, written = cast(Document[R, Any], self.previous), self.head
         else:
-            written = self._write(document, keep)
             if not self.tags.get(SCRATCH):
-                self.memo.keep(document)
+                self.memo.keep(document)  # first: a process that dies in between leaves an entry too many, not a document without one
+            written = self._write(document, keep)
         self.log.info(f"{self.asset}: data version {document.digest[:12]}, commit {written[:12]}")
         told = story.of(self.asset, document)
         return dg.MaterializeResult(

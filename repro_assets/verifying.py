@@ -21,17 +21,18 @@ from repro_assets.trust.blob import Blob, BlobError
 from repro_assets.trust.bundle import subjects as bundle_subjects
 from repro_assets.trust.canonical import canonical, digest, sha256
 from repro_assets.trust.memo import ForgedMemo, open_entry
-from repro_assets.trust.statements import CHECKPOINT, PROVENANCE, TEST_RESULT, VSA, decision_of, referenced, timeless
+from repro_assets.trust.statements import BUNDLE, CHECKPOINT, PROVENANCE, TEST_RESULT, VSA, decision_of, referenced, timeless
 from repro_assets.trust.verification import Refused, verify
 from resources.errors import NotFound, StorageError
 
 THREADS = 8
 ROLES = {
     "training_bundle": ("builder", PROVENANCE),
-    "qlora_checkpoint": ("builder", CHECKPOINT),
+    "qlora_checkpoint": ("builder", PROVENANCE),
     "eval_results": ("evaluator", TEST_RESULT),
     "promotion": ("approver", VSA),
 }
+BUILDS = {"training_bundle": BUNDLE, "qlora_checkpoint": CHECKPOINT}  # one role signs both: a bundle is no checkpoint
 
 
 class Verifier:
@@ -183,6 +184,8 @@ class Verifier:
     def _said_otherwise(self, asset: str, document: Document[Any, Any], statement: Any) -> str:
         """What the document says and the signed statement does not; empty when they agree."""
         result = document.result
+        if asset in BUILDS and (build := statement["predicate"]["buildDefinition"]["buildType"]) != BUILDS[asset]:
+            return f"the builder signed a {build}, not a {BUILDS[asset]}"
         if asset == "training_bundle":
             return (
                 ""

@@ -11,6 +11,7 @@ import pytest
 from repro_assets.data import records as build_records
 from repro_assets.shelf import folder
 from repro_assets.stage import NO_MEMO, REFRESH
+from repro_assets_tests.resources.trees import gateway
 from repro_assets_tests.graph import RECIPE, Graph, jsonl, suite, tickets
 
 DATA = ("raw_snapshot", "records", "shards")
@@ -164,8 +165,7 @@ def test_a_shared_asset_is_resolved_once_until_asked_to_look_again(graph: Graph)
 
 def test_uncommitted_objects_on_raw_are_refused_with_the_remedy(graph: Graph) -> None:
     key = prepared(graph)
-    gateway = graph.bench().lake.client
-    gateway.client.objects.upload_object(graph.connections.repository, "raw", "tickets/stray.jsonl", content=b"{}\n")
+    gateway(graph.connections).put_object(Bucket=graph.connections.repository, Key="raw/tickets/stray.jsonl", Body=b"{}\n")
     ran = graph.run(key, ("raw_snapshot",))
     assert not ran.success
     assert "'tickets/stray.jsonl'" in ran.failure
