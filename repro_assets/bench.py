@@ -70,7 +70,9 @@ class JobsResource(dg.ConfigurableResource):
 class ExecutorResource(dg.ConfigurableResource):
     """Runs training and scoring jobs. `ranks`: processes a job may use on this machine, one a GPU."""
 
-    ranks: int = Field(default=0, ge=0, description="processes of a training job; 0 = REPRO_RANKS, else one a GPU. Never part of an identity")
+    ranks: int = Field(
+        default=0, ge=0, description="processes of a training job; 0 = REPRO_RANKS, else one a GPU. Never part of an identity"
+    )
 
     def executor(self) -> "Executor":
         from resources.gpu import Executor

@@ -86,7 +86,9 @@ def build(stage: Stage[TrainingBundle], found: Environment) -> tuple[TrainingBun
         stage.blobs.put_bytes(git.diff)
     definition = statement["predicate"]["buildDefinition"]
     result = TrainingBundle(
-        statement=pinned, subjects=len(statement["subject"]), dependencies=tuple(item["name"] for item in definition["resolvedDependencies"])
+        statement=pinned,
+        subjects=len(statement["subject"]),
+        dependencies=tuple(item["name"] for item in definition["resolvedDependencies"]),
     )
     observed = BundleObserved(
         envelope=envelope,

@@ -35,7 +35,13 @@ def build_defs(
     recipe = RecipeResource.configure_at_launch()
     gpu = ExecutorResource.configure_at_launch()
     bench = Bench(
-        lake=LakeResource(), blobs=BlobsResource(), jobs=JobsResource(), gpu=gpu, trust=KeysResource(), notices=NotifierResource(), recipe=recipe
+        lake=LakeResource(),
+        blobs=BlobsResource(),
+        jobs=JobsResource(),
+        gpu=gpu,
+        trust=KeysResource(),
+        notices=NotifierResource(),
+        recipe=recipe,
     )
     resources: dict[str, Any] = {"recipe": recipe, "gpu": gpu, "bench": bench, "stages": Stages(bench=bench)}
     return dg.Definitions(

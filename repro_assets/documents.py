@@ -69,7 +69,9 @@ class Document(msgspec.Struct, Generic[R, Seen], frozen=True, kw_only=True):
     def content(self) -> bytes:
         """Canonical JSON of the half that must come out the same again."""
         kind = type(self.result)
-        return canonical({"asset": kind.asset, "schema": kind.schema, "inputs": self.inputs, "section": self.section, "result": self.result})
+        return canonical(
+            {"asset": kind.asset, "schema": kind.schema, "inputs": self.inputs, "section": self.section, "result": self.result}
+        )
 
     def beside(self) -> bytes:
         """Canonical JSON of the observed half, as `observed.json` holds it."""
@@ -117,7 +119,9 @@ def parse_content(kind: type[R], content: bytes) -> tuple[dict[str, str], dict[s
             f"{kind.asset}: field `schema` is {raw['schema']}, written by a newer version of this project; this one knows {kind.schema}. Upgrade to read it"
         )
     if raw["schema"] != kind.schema:
-        raise DocumentError(f"{kind.asset}: field `schema` is {raw['schema']!r}, this version writes {kind.schema}. Materialize {kind.asset} again")
+        raise DocumentError(
+            f"{kind.asset}: field `schema` is {raw['schema']!r}, this version writes {kind.schema}. Materialize {kind.asset} again"
+        )
     try:
         return (
             msgspec.convert(raw["inputs"], dict[str, str]),

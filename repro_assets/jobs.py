@@ -15,7 +15,9 @@ data = dg.define_asset_job(
     description="The data stages of one snapshot: raw data to validation report.",
 )
 shared = dg.define_asset_job(
-    "shared_assets", selection=dg.AssetSelection.assets(*assets.shared), description="The base model and the evaluation suites of the recipe."
+    "shared_assets",
+    selection=dg.AssetSelection.assets(*assets.shared),
+    description="The base model and the evaluation suites of the recipe.",
 )
 
 jobs = (whole, data, shared)

@@ -44,7 +44,9 @@ class Memo:
 
     def keep(self, document: Document[Any, Any]) -> None:
         """Remember a document that was committed. The first result of a key stays; the pointer to the newest moves."""
-        result, observed = self.blobs.put_many([canonical(document.result), canonical({"at": document.made.at, "observed": document.observed})])
+        result, observed = self.blobs.put_many(
+            [canonical(document.result), canonical({"at": document.made.at, "observed": document.observed})]
+        )
         components = document.made.components
         for folder, known, first in (("memo", components, True), ("memo/near", _without_inputs(components), False)):
             sealed = seal(entry(MemoKey(known), result, observed), self.keys.signer("memo"))

@@ -194,11 +194,19 @@ class _Follower:
             f"{folder(stage.key, stage.recipe.name, stage.asset)}/checkpoints",
             listed,
             message=f"checkpoint at step {step} of {stage.key} ({stage.recipe.name})",
-            metadata={"asset": stage.asset, "snapshot": stage.key, "recipe": stage.recipe.name, "step": str(step), "run": stage.context.run.run_id},
+            metadata={
+                "asset": stage.asset,
+                "snapshot": stage.key,
+                "recipe": stage.recipe.name,
+                "step": str(step),
+                "run": stage.context.run.run_id,
+            },
         )
         self.commits[str(step)] = written.commit
         loss = facts.get("validation_loss")
-        stage.log.info(f"checkpoint at step {step}" + (f", validation loss {loss:.4f}" if loss is not None else "") + f": commit {written.commit[:12]}")
+        stage.log.info(
+            f"checkpoint at step {step}" + (f", validation loss {loss:.4f}" if loss is not None else "") + f": commit {written.commit[:12]}"
+        )
 
 
 def _sign_checkpoint(stage: Stage[QloraCheckpoint], result: QloraCheckpoint) -> bytes:

@@ -3,6 +3,7 @@
 Dagster's asset page folds Markdown of 1,000 characters and more behind a link, and no PNG that one can read is that short.
 Which picture belongs to which asset is `story.py`. matplotlib is imported on first use: it takes a second.
 """
+
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -109,9 +110,7 @@ def histogram_sketch(counts: Mapping[str, int], label: str) -> bytes:
     edges = sorted(counts, key=int)
     top = max(counts.values(), default=1) or 1
     wide = (WIDE - 10) / max(1, len(edges))
-    bars = "".join(
-        f"M{5 + wide * index:.0f} 90v-{80 * counts[edge] / top:.0f}h{wide - 4:.0f}V90" for index, edge in enumerate(edges)
-    )
+    bars = "".join(f"M{5 + wide * index:.0f} 90v-{80 * counts[edge] / top:.0f}h{wide - 4:.0f}V90" for index, edge in enumerate(edges))
     names = "".join(f'<text x="{5 + wide * index:.0f}" y="102">{edge}</text>' for index, edge in enumerate(edges[:9]))
     return _svg(HIGH, f'<path fill="blue" d="{bars}"/>{names}<text x="300" y="10">{label}</text>').encode()
 

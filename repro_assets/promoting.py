@@ -62,7 +62,9 @@ def act(stage: Stage[Promotion], result: Promotion, samples: list[dict[str, Any]
         said = f"already release {done.number}; nothing written"
         return PromotionObserved(acted=said, release=done.number, release_commit=None, envelope=blob, failure=None, notice=None)
     if why := _withheld(stage, releases):
-        return PromotionObserved(acted=f"would promote; not released: {why}", release=None, release_commit=None, envelope=blob, failure=None, notice=None)
+        return PromotionObserved(
+            acted=f"would promote; not released: {why}", release=None, release_commit=None, envelope=blob, failure=None, notice=None
+        )
     artifact.check({name: stage.blobs.get_bytes(file.sha256) for name, file in checkpoint.adapter.items()})
     release = Release(
         number=releases.next_number(),
@@ -75,7 +77,9 @@ def act(stage: Stage[Promotion], result: Promotion, samples: list[dict[str, Any]
         reason="; ".join(result.reasons) or "every gate is non-inferior",
     )
     files = {**_statements(stage), "statements/decision.dsse.json": blob, **_documents(stage, documents)}
-    commit = releases.write(release, files, {"asset": "promotion", "snapshot": stage.key, "recipe": stage.recipe.name, "run": stage.context.run.run_id})
+    commit = releases.write(
+        release, files, {"asset": "promotion", "snapshot": stage.key, "recipe": stage.recipe.name, "run": stage.context.run.run_id}
+    )
     said = f"released as release {release.number}"
     stage.log.info(f"promotion: {said}, commit {commit[:12]} on main")
     return PromotionObserved(acted=said, release=release.number, release_commit=commit, envelope=blob, failure=None, notice=None)
@@ -119,7 +123,11 @@ def _adapter(files: Mapping[str, Blob]) -> dict[str, str]:
 def trusted(releases: Releases, signing: Signer, release: Release) -> Release:
     """`release`, after its signed decision was verified: promoted by a trusted approver, for this adapter, not revoked since."""
     statement = verify(
-        releases.blobs.get_bytes(release.decision), trust=signing.trust, role="approver", predicate_type=VSA, subjects=_adapter(release.adapter)
+        releases.blobs.get_bytes(release.decision),
+        trust=signing.trust,
+        role="approver",
+        predicate_type=VSA,
+        subjects=_adapter(release.adapter),
     )
     if (said := decision_of(statement)) != "promote":
         raise ReleaseError(f"release {release.number}: the signed decision says {said}, not promote; find who wrote it with `lakectl log`")
@@ -149,7 +157,9 @@ def _withheld(stage: Stage[Promotion], releases: Releases) -> str | None:
 
 def _held(stage: Stage[Promotion], result: Promotion, samples: list[dict[str, Any]], checkpoint: QloraCheckpoint) -> PromotionObserved:
     command = f"repro materialize --snapshot {stage.key} --select promotion --recipe {shlex.quote(str(stage.loaded.path))}"
-    content = failure.bundle(policy.Decision(result.decision, result.reasons, result.verdicts), samples, {**chain(stage), "adapter": checkpoint.tensors}, command)
+    content = failure.bundle(
+        policy.Decision(result.decision, result.reasons, result.verdicts), samples, {**chain(stage), "adapter": checkpoint.tensors}, command
+    )
     bundle, envelope = stage.blobs.put_many(
         [canonical(content), _sign(stage.bench.signing, stage.inputs, result, checkpoint.adapter, f"repro:snapshots/{stage.key}")]
     )
@@ -226,6 +236,8 @@ def roll_back(releases: Releases, signing: Signer, number: int, reason: str) -> 
         restores=number,
     )
     commit = releases.write(
-        release, {"statements/rollback.dsse.json": envelope}, {"asset": "promotion", "snapshot": old.snapshot, "recipe": old.recipe, "restores": str(number)}
+        release,
+        {"statements/rollback.dsse.json": envelope},
+        {"asset": "promotion", "snapshot": old.snapshot, "recipe": old.recipe, "restores": str(number)},
     )
     return release, commit

@@ -343,7 +343,9 @@ def _check(path: Path, tree: Any, recipe: Recipe) -> None:
     suites = {suite.name for suite in recipe.evaluation.suites}
     for index, gate in enumerate(recipe.gates.gates):
         if gate.suite not in suites:
-            refuse(["gates", "gates", index, "suite"], f"no suite {gate.suite!r} under evaluation.suites; known: {', '.join(sorted(suites))}")
+            refuse(
+                ["gates", "gates", index, "suite"], f"no suite {gate.suite!r} under evaluation.suites; known: {', '.join(sorted(suites))}"
+            )
         if not 0 < gate.margin < 1:
             refuse(["gates", "gates", index, "margin"], "a margin is a share of items between 0 and 1")
     if not recipe.records.sources:
@@ -351,7 +353,10 @@ def _check(path: Path, tree: Any, recipe: Recipe) -> None:
     if not 0 <= recipe.records.split.validation < 1:
         refuse(["records", "split", "validation"], "a share between 0 and 1")
     if recipe.training.row_tokens < recipe.sharding.max_tokens:
-        refuse(["training", "row_tokens"], f"a packed row must hold the longest record: at least sharding.max_tokens ({recipe.sharding.max_tokens})")
+        refuse(
+            ["training", "row_tokens"],
+            f"a packed row must hold the longest record: at least sharding.max_tokens ({recipe.sharding.max_tokens})",
+        )
     for name in ("row_tokens", "rows", "micro_batches", "epochs", "checkpoint_every", "validate_every"):
         if getattr(recipe.training, name) < 1:
             refuse(["training", name], "must be at least 1")

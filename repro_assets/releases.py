@@ -83,7 +83,9 @@ class Releases:
         except NotFound:
             there = None
         if there not in (None, body.sha256):
-            raise ReleaseError(f"release {release.number} was written by somebody else meanwhile; materialize promotion again for the next number")
+            raise ReleaseError(
+                f"release {release.number} was written by somebody else meanwhile; materialize promotion again for the next number"
+            )
         adapter = {f"adapter/{name}": blob for name, blob in release.adapter.items()}
         commit = self.lake.write_all(
             MAIN,

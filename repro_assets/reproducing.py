@@ -67,7 +67,9 @@ def reproduce(
         there = bench.lake.client.head(branch)
         again = {asset: _original(shelf, there, key, name, asset) for asset in originals}
         if copied := [asset for asset, document in again.items() if document.made.run != ran.run_id]:
-            raise CannotReproduce(f"{copied[0]} was not executed by run {ran.run_id}: a comparison with the original's own copy proves nothing")
+            raise CannotReproduce(
+                f"{copied[0]} was not executed by run {ran.run_id}: a comparison with the original's own copy proves nothing"
+            )
     finally:
         bench.lake.client.delete_branch(branch)
     return _certify(instance, bench, shelf, key, name, originals, again, ran.run_id)
@@ -76,7 +78,9 @@ def reproduce(
 def _original(shelf: Shelf, commit: str, key: str, recipe: str, asset: str) -> Document[Any, Any]:
     found = shelf.read(commit, key, recipe, asset)
     if found is None:
-        raise CannotReproduce(f"{asset} of snapshot {key} ({recipe}) was never made, so there is nothing to compare with: run `repro materialize --snapshot {key}`")
+        raise CannotReproduce(
+            f"{asset} of snapshot {key} ({recipe}) was never made, so there is nothing to compare with: run `repro materialize --snapshot {key}`"
+        )
     return found
 
 
@@ -212,4 +216,3 @@ def _tensor(was: bytes, now: bytes) -> str:
 
 def _short(value: str | None) -> str:
     return value[:12] if value else "absent"
-

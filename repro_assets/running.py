@@ -82,7 +82,9 @@ def materialize(
     chosen = assets.shared if key is None else assets.partitioned
     known = {asset.key.to_user_string(): asset.key for asset in chosen}
     if unknown := [name for name in select if name not in known]:
-        raise UnknownAsset(f"no asset {unknown[0]!r} {'among the shared assets' if key is None else 'of a snapshot'}; known: {', '.join(known)}")
+        raise UnknownAsset(
+            f"no asset {unknown[0]!r} {'among the shared assets' if key is None else 'of a snapshot'}; known: {', '.join(known)}"
+        )
     if key is not None:
         instance.add_dynamic_partitions(str(snapshots.name), [checked(key)])
     definitions = build_defs(resource_overrides=resource_overrides, loggers={"terminal": _logger(say)})

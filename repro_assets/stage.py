@@ -305,7 +305,9 @@ class Stage(Generic[R]):
             data_version=dg.DataVersion(document.digest),
             metadata={
                 **told,
-                **story.anchors(document, written, self.branch, self.bench.lake.link(written, folder(self.key, self.recipe.name, self.asset))),
+                **story.anchors(
+                    document, written, self.branch, self.bench.lake.link(written, folder(self.key, self.recipe.name, self.asset))
+                ),
                 "executed": "no, recalled from the memo" if recalled else "yes",
             },
             check_results=[self._check(document, differences, recalled)],

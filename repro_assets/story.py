@@ -86,7 +86,13 @@ def share(value: float) -> str:
 
 def raw_snapshot(result: d.RawSnapshot, observed: d.RawObserved) -> dict[str, Any]:
     rows = (
-        {"file": file.path, "format": file.format, "size": size(file.size), "first seen": observed.first_seen.get(file.path, "")[:12], "sha256": file.sha256}
+        {
+            "file": file.path,
+            "format": file.format,
+            "size": size(file.size),
+            "first seen": observed.first_seen.get(file.path, "")[:12],
+            "sha256": file.sha256,
+        }
         for file in result.files_listed
     )
     return {
@@ -110,7 +116,13 @@ def base_model(result: d.BaseModel, observed: d.SharedObserved) -> dict[str, Any
 
 def eval_suites(result: d.EvalSuites, observed: d.SharedObserved) -> dict[str, Any]:
     rows = (
-        {"suite": suite.name, "tasks": ", ".join(suite.tasks), "items": suite.items, "slices": ", ".join(suite.labels) or "-", "digest": suite.digest}
+        {
+            "suite": suite.name,
+            "tasks": ", ".join(suite.tasks),
+            "items": suite.items,
+            "slices": ", ".join(suite.labels) or "-",
+            "digest": suite.digest,
+        }
         for suite in result.suites
     )
     return {"suites": table(rows), "read from": observed.origin}
@@ -136,7 +148,9 @@ def records(result: d.Records, observed: d.RecordsObserved) -> dict[str, Any]:
         "dropped, by reason": table({"reason": name, "rows": count} for name, count in result.reasons.items()),
         "leaves": f"{len(result.leaves)} leaves: {observed.leaves_new} new, {observed.leaves_known} already stored",
         "quarantine": f"{result.quarantine.sha256} (quarantine.jsonl beside this document)",
-        "slices": table({"label": label, "value": value, "records": n} for label, values in result.slices.items() for value, n in values.items()),
+        "slices": table(
+            {"label": label, "value": value, "records": n} for label, values in result.slices.items() for value, n in values.items()
+        ),
     }
 
 
@@ -180,7 +194,8 @@ def validation_report(result: d.ValidationReport, observed: d.ValidationObserved
     return {
         "verdict": result.verdict,
         "rules": table(rows),
-        "rebuilt from raw": f"{again.equal} of {again.drawn} drawn records came out equal" + (f"; not {', '.join(again.differing)}" if again.differing else ""),
+        "rebuilt from raw": f"{again.equal} of {again.drawn} drawn records came out equal"
+        + (f"; not {', '.join(again.differing)}" if again.differing else ""),
         "p values, not gated on": table({"test": name, "p": value} for name, value in observed.p_values.items()),
     }
 

@@ -99,7 +99,12 @@ def suite(folder: Path, items: int = 32) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "task.yaml").write_text(TASK)
     rows = [
-        {"id": f"i{n}", "prompt": f"item {n}: where is my parcel", "target": "route: logistics | priority: low", "intent": ("invoice", "delivery")[n % 2]}
+        {
+            "id": f"i{n}",
+            "prompt": f"item {n}: where is my parcel",
+            "target": "route: logistics | priority: low",
+            "intent": ("invoice", "delivery")[n % 2],
+        }
         for n in range(items)
     ]
     (folder / "items.jsonl").write_bytes(jsonl(rows))

@@ -93,5 +93,7 @@ def test_every_asset_of_the_graph_has_a_document_type_and_a_story() -> None:
 
 def test_a_document_type_change_without_a_schema_change_is_noticed() -> None:
     """The fields of every result type, held here: change them together with `schema`, or old documents are misread."""
-    said = {asset: [kind.schema, sorted(field.name for field in msgspec.structs.fields(kind))] for asset, (kind, _observed) in d.KINDS.items()}
+    said = {
+        asset: [kind.schema, sorted(field.name for field in msgspec.structs.fields(kind))] for asset, (kind, _observed) in d.KINDS.items()
+    }
     assert said == msgspec.json.decode((Path(__file__).parent / "snapshots" / "documents.json").read_bytes())

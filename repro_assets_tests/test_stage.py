@@ -11,8 +11,8 @@ import pytest
 from repro_assets.data import records as build_records
 from repro_assets.shelf import folder
 from repro_assets.stage import NO_MEMO, REFRESH
-from repro_assets_tests.resources.trees import gateway
 from repro_assets_tests.graph import RECIPE, Graph, jsonl, suite, tickets
+from repro_assets_tests.resources.trees import gateway
 
 DATA = ("raw_snapshot", "records", "shards")
 

@@ -53,7 +53,9 @@ class Ui:
                 "selector": {"repositoryLocationName": "repro_assets", "repositoryName": "__repository__", "jobName": job},
                 "runConfigData": config or {},
                 "mode": "default",
-                "executionMetadata": {"tags": [{"key": name, "value": value} for name, value in {"dagster/partition": key, **tags}.items()]},
+                "executionMetadata": {
+                    "tags": [{"key": name, "value": value} for name, value in {"dagster/partition": key, **tags}.items()]
+                },
             },
         )["launchRun"]
         assert said["__typename"] == "LaunchRunSuccess", said
@@ -105,7 +107,14 @@ def test_a_click_on_materialize_all_makes_everything_and_the_asset_page_shows_ta
     with sync_playwright() as play:
         browser = play.chromium.launch(
             executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"],
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--no-first-run",
+            ],
         )
         page = browser.new_page(viewport={"width": 1600, "height": 1000})
         page.goto(f"{ui.url}/asset-groups/")
@@ -121,9 +130,15 @@ def test_a_click_on_materialize_all_makes_everything_and_the_asset_page_shows_ta
         page.screenshot(path=str(ARTEFACTS / "launch.png"))
         before = {run.run_id for run in ui.instance.get_runs()}
         page.get_by_role("button", name="Launch 1 run").click()
-        run_id = until(lambda: next((run.run_id for run in ui.instance.get_runs() if run.run_id not in before), None), 60, "the launched run")
+        run_id = until(
+            lambda: next((run.run_id for run in ui.instance.get_runs() if run.run_id not in before), None), 60, "the launched run"
+        )
         assert ui.wait(run_id) is dg.DagsterRunStatus.SUCCESS, logs(ui, run_id)[-3000:]
-        for asset, picture in (("qlora_checkpoint", "loss by step"), ("eval_results", "small/small_tickets by slice"), ("promotion", "candidate minus baseline")):
+        for asset, picture in (
+            ("qlora_checkpoint", "loss by step"),
+            ("eval_results", "small/small_tickets by slice"),
+            ("promotion", "candidate minus baseline"),
+        ):
             page.goto(f"{ui.url}/assets/{asset}?view=partitions&partition={key}")
             image = page.locator(f'img[alt="{picture}"]').first
             image.wait_for(timeout=60_000)
@@ -153,7 +168,10 @@ def test_a_started_sensor_turns_a_raw_commit_into_a_snapshot_and_a_started_sched
     state = ui.ask(started, s={**where, "scheduleName": "retrain_newest"})["startSchedule"]["scheduleState"]
     assert state["status"] == "RUNNING"
     by_sensor = until(
-        lambda: next((run for run in ui.instance.get_runs() if run.tags.get("dagster/sensor_name") and run.tags.get("dagster/partition") == key), None),
+        lambda: next(
+            (run for run in ui.instance.get_runs() if run.tags.get("dagster/sensor_name") and run.tags.get("dagster/partition") == key),
+            None,
+        ),
         120,
         "the sensor's run of the new commit",
     )
@@ -161,7 +179,9 @@ def test_a_started_sensor_turns_a_raw_commit_into_a_snapshot_and_a_started_sched
     assert ui.wait(by_sensor.run_id) is dg.DagsterRunStatus.SUCCESS, logs(ui, by_sensor.run_id)[-3000:]
     assert graph.document(key, "validation_report").result.verdict in ("pass", "warn")
     by_schedule = until(
-        lambda: next((run for run in ui.instance.get_runs() if run.tags.get("dagster/schedule_name") == "retrain_newest"), None), 120, "the schedule's run"
+        lambda: next((run for run in ui.instance.get_runs() if run.tags.get("dagster/schedule_name") == "retrain_newest"), None),
+        120,
+        "the schedule's run",
     )
     stopped = ui.ask("""mutation($id: String!) { stopRunningSchedule(id: $id) { __typename } }""", id=state["id"])["stopRunningSchedule"]
     assert stopped["__typename"] == "ScheduleStateResult"
@@ -223,7 +243,11 @@ def test_terminating_a_run_in_the_ui_ends_every_process_of_its_training(ui: Ui) 
     )["terminateRun"]
     assert said["__typename"] == "TerminateRunSuccess", said
     assert ui.wait(run_id, 120) is dg.DagsterRunStatus.CANCELED
-    until(lambda: not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers), 60, "the end of every process")
+    until(
+        lambda: not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers),
+        60,
+        "the end of every process",
+    )
 
 
 def _workers() -> list[psutil.Process]:
@@ -231,7 +255,10 @@ def _workers() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if "resources.gpu.worker" in " ".join(process.cmdline()) and process.environ().get("REPRO_BLOBS_BUCKET") == os.environ["REPRO_BLOBS_BUCKET"]:
+            if (
+                "resources.gpu.worker" in " ".join(process.cmdline())
+                and process.environ().get("REPRO_BLOBS_BUCKET") == os.environ["REPRO_BLOBS_BUCKET"]
+            ):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -251,6 +278,9 @@ def test_the_instance_settings_that_ship_load_in_dagster(tmp_path: Path, monkeyp
     assert production["compute_logs"]["class"] == "S3ComputeLogManager"
     (tmp_path / "dagster.yaml").write_text((deploy / "dagster.local.yaml").read_text())
     checked = subprocess.run(
-        [shutil.which("dagster") or ".venv/bin/dagster", "instance", "info"], env={**os.environ, "DAGSTER_HOME": str(tmp_path)}, capture_output=True, text=True
+        [shutil.which("dagster") or ".venv/bin/dagster", "instance", "info"],
+        env={**os.environ, "DAGSTER_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
     )
     assert checked.returncode == 0, checked.stderr

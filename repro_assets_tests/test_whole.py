@@ -161,7 +161,9 @@ def test_a_rollback_is_a_new_release_that_restores_an_earlier_one(world: Prepare
     assert ran.success, ran.failure
     assert ran.assets["promotion"]["done"] == "released as release 2"
     older = world.graph.run(world.key, ("eval_results", "promotion"), world.recipe)
-    assert older.assets["promotion"]["done"].startswith(("already release 1", "would promote; not released: release 2 is of the newer snapshot"))
+    assert older.assets["promotion"]["done"].startswith(
+        ("already release 1", "would promote; not released: release 2 is of the newer snapshot")
+    )
     release, commit = promoting.roll_back(releases, bench.signing, 1, "answers got worse")
     assert (release.number, release.kind, release.restores) == (3, "rollback", 1)
     assert releases.in_force("small") == release

@@ -64,14 +64,18 @@ def play(out: Any) -> int:
     out.say("shared assets: the base model and the evaluation suite")
     _ran(running.materialize(instance, key=None, recipe=str(DEMO), say=out.progress), phases, "shared")
     chapters = [_chapter(made, instance, "first", out, phases)]
-    out.say(f"reproduce: the first snapshot again, without the memo, on {OTHER_RANKS} ranks instead of {ORIGINAL_RANKS}, beside what follows")
+    out.say(
+        f"reproduce: the first snapshot again, without the memo, on {OTHER_RANKS} ranks instead of {ORIGINAL_RANKS}, beside what follows"
+    )
     with _reproducing(chapters[0].key) as proving:
         chapters += [_chapter(made, instance, kind, out, phases) for kind in STORY if kind != "first"]
         started = time.monotonic()
         proof = proving()
     phases["reproduce, waited for"] = time.monotonic() - started
     tell(out.people, chapters, proof, phases, time.monotonic() - began, made)
-    good = [chapter.documents["promotion"].result.decision for chapter in chapters] == ["promote", "promote", "hold"] and bool(proof["grade"])
+    good = [chapter.documents["promotion"].result.decision for chapter in chapters] == ["promote", "promote", "hold"] and bool(
+        proof["grade"]
+    )
     out.result(
         {
             "snapshots": {chapter.kind: _summary(chapter) for chapter in chapters},
@@ -85,7 +89,19 @@ def play(out: Any) -> int:
 @contextmanager
 def _reproducing(key: str) -> Iterator[Callable[[], dict[str, Any]]]:
     """`repro reproduce` in a process of its own: the second core has little else to do. Yields what waits for its answer."""
-    command = [sys.executable, "-m", "repro_assets", "reproduce", "--snapshot", key, "--recipe", str(DEMO), "--ranks", str(OTHER_RANKS), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "repro_assets",
+        "reproduce",
+        "--snapshot",
+        key,
+        "--recipe",
+        str(DEMO),
+        "--ranks",
+        str(OTHER_RANKS),
+        "--json",
+    ]
     log = home_folder() / "demo" / "reproduce.log"
     with log.open("wb") as said:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said)
@@ -167,16 +183,22 @@ def tell(console: Console, chapters: list[Chapter], proof: dict[str, Any], phase
     console.print(_slices(chapters))
     console.print(_poison(chapters[-1]))
     for part in proof["parts"]:
-        console.print(f"reproduced {part['scope']}: {part['compared']} digests compared, {len(part['differences'])} differ", highlight=False)
+        console.print(
+            f"reproduced {part['scope']}: {part['compared']} digests compared, {len(part['differences'])} differ", highlight=False
+        )
     if grade := proof["grade"]:
         name = proof["certificate"]["sha256"][:16]
-        console.print(f"[bold green]certificate {grade}[/] ({MEANING[grade]}): {name}…, signed, commit {proof['commit'][:12]}", highlight=False)
+        console.print(
+            f"[bold green]certificate {grade}[/] ({MEANING[grade]}): {name}…, signed, commit {proof['commit'][:12]}", highlight=False
+        )
     else:
         console.print(f"[bold red]the re-execution differs:[/] {escape(proof['first_in_words'])}", highlight=False)
     console.print(_phases(phases, total, chapters), highlight=False)
     recalled = sum(not executed for chapter in chapters for executed in chapter.executed.values())
     if recalled:
-        console.print(f"{recalled} of {sum(len(chapter.executed) for chapter in chapters)} assets were recalled from the memo: nothing they depend on had changed")
+        console.print(
+            f"{recalled} of {sum(len(chapter.executed) for chapter in chapters)} assets were recalled from the memo: nothing they depend on had changed"
+        )
     console.print(
         f"UI: [bold]make dev[/], then {services.ui_url()}   lakeFS: {made.lake.connections.lakefs_endpoint}   "
         "stop the servers: [bold]make down[/]   credentials: [bold].venv/bin/repro env[/]",

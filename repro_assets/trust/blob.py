@@ -106,7 +106,9 @@ class FolderStore:
         except FileNotFoundError:
             raise BlobMissing(f"blob {digest} is not under {self.root}; export or check out again") from None
         if sha256(data) != digest:
-            raise BlobDamaged(f"blob {digest} under {self.root} holds bytes with SHA-256 {sha256(data)}: it was changed after it was written; restore it from another copy")
+            raise BlobDamaged(
+                f"blob {digest} under {self.root} holds bytes with SHA-256 {sha256(data)}: it was changed after it was written; restore it from another copy"
+            )
         return data
 
     def get_file(self, digest: str, path: Path) -> None:

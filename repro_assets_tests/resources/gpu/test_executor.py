@@ -85,7 +85,9 @@ def test_a_job_returns_its_outcome_and_each_event_once_and_in_order(executor: Ex
         (-1, "submitted"), (0, "started"), (1, "step"), (2, "step"), (3, "checkpoint"), (4, "step"), (5, "step"), (6, "checkpoint"),
     ]  # fmt: skip
     # another test of the session may have imported lm-eval's settings into this process
-    environment = {name: value for name, value in watcher.of("started")[0].facts["environment"].items() if name != "HF_HUB_DISABLE_TELEMETRY"}
+    environment = {
+        name: value for name, value in watcher.of("started")[0].facts["environment"].items() if name != "HF_HUB_DISABLE_TELEMETRY"
+    }
     assert environment == {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}, "no lakeFS credentials on a node"
     assert "rank 0 begins at step 0" in Path(outcome.log).read_text()
     assert executor.backend.poll(outcome.key).state is State.GONE
