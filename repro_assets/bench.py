@@ -124,6 +124,19 @@ class Bench(dg.ConfigurableResource):
     notices: dg.ResourceDependency[NotifierResource]
     recipe: dg.ResourceDependency[RecipeResource]
 
+    @classmethod
+    def outside_a_run(cls, recipe: str = "") -> "Bench":
+        """The same resources for a command or a test; `recipe` as RecipeResource takes it."""
+        return cls(
+            lake=LakeResource(),
+            blobs=BlobsResource(),
+            jobs=JobsResource(),
+            gpu=ExecutorResource(),
+            trust=KeysResource(),
+            notices=NotifierResource(),
+            recipe=RecipeResource(path=recipe),
+        )
+
     @property
     def objects(self) -> "Objects":
         return self.jobs.objects

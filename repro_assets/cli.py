@@ -31,15 +31,7 @@ def bench(recipe: str | None = None, start: bool = True) -> "Bench":
         from resources import servers
 
         servers.connect(progress=lambda said: click.echo(said, err=True))
-    return made.Bench(
-        lake=made.LakeResource(),
-        blobs=made.BlobsResource(),
-        jobs=made.JobsResource(),
-        gpu=made.ExecutorResource(),
-        trust=made.KeysResource(),
-        notices=made.NotifierResource(),
-        recipe=made.RecipeResource(path=recipe or ""),
-    )
+    return made.Bench.outside_a_run(recipe or "")
 
 
 def _recipe(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from repro_assets.documents import KINDS, Document, DocumentError, Observed, Result, parse, parse_content
+from repro_assets.documents import KINDS, Document, DocumentError, Result, parse, parse_content
 from repro_assets.partitions import checked, commit_prefix, key_of
 from repro_assets.trust.blob import BlobStore
 from resources.errors import NotFound, Refused
@@ -134,7 +134,3 @@ class Shelf:
         """Names of the recipes that have documents for this snapshot at `commit`."""
         prefix = f"snapshots/{key}/"
         return sorted({entry.path[len(prefix) :].split("/", 1)[0] for entry in self.lake.list(commit, prefix)})
-
-
-def observed_of(asset: str) -> type[Observed]:
-    return KINDS[asset][1]

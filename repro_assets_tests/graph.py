@@ -13,17 +13,7 @@ import dagster as dg
 import pytest
 
 from repro_assets import importing, running
-from repro_assets.bench import (
-    DEMO,
-    Bench,
-    BlobsResource,
-    ExecutorResource,
-    JobsResource,
-    KeysResource,
-    LakeResource,
-    NotifierResource,
-    RecipeResource,
-)
+from repro_assets.bench import DEMO, Bench
 from repro_assets.documents import Document
 from repro_assets.shelf import Shelf
 from resources.settings import Connections
@@ -144,15 +134,7 @@ class Graph:
         return path
 
     def bench(self, recipe: Path | None = None) -> Bench:
-        return Bench(
-            lake=LakeResource(),
-            blobs=BlobsResource(),
-            jobs=JobsResource(),
-            gpu=ExecutorResource(),
-            trust=KeysResource(),
-            notices=NotifierResource(),
-            recipe=RecipeResource(path=str(recipe) if recipe else ""),
-        )
+        return Bench.outside_a_run(str(recipe) if recipe else "")
 
     def import_(self, files: Mapping[str, bytes], to: str = "tickets") -> str:
         """Snapshot key of one raw commit that brings `files`."""
