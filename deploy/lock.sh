@@ -7,5 +7,5 @@ compile() {
     "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --no-emit-index-url \
         --no-emit-find-links "$@"
 }
-compile --group dev pyproject.toml --output-file deploy/requirements.lock --upgrade
+compile --group dev --all-extras pyproject.toml --output-file deploy/requirements.lock --upgrade
 printf 'uv==%s\n' "$("$uv" --version | cut -d' ' -f2)" | compile - --output-file deploy/uv.txt

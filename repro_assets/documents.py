@@ -231,66 +231,130 @@ class SharedObserved(Observed):
 
 
 class SourceCount(Value):
-    """Rows of one source of the recipe (`match`): read = kept + quarantined + duplicates + contaminated."""
+    """Rows of one source of the recipe (`match`): read = kept + quarantined + duplicates + near_duplicates + contaminated + sensitive +
+    unsampled (left out by weight or quota). `augmented` copies come on top of `kept`."""
 
     match: str
     license: str
+    date: str | None
     files: int
     read: int
     kept: int
     quarantined: int
     duplicates: int
+    near_duplicates: int
     contaminated: int
+    sensitive: int
+    unsampled: int
+    augmented: int
 
 
 class RecordLeaf(Value):
-    """A run of records of one split in canonical order: canonical JSON lines in a blob whose digest is the leaf's identity."""
+    """A run of records of one split in canonical order: canonical JSON lines in a blob whose digest is the leaf's identity.
+
+    `lines`: SHA-256 of the SHA-256 digests of its lines, by which an unchanged leaf is known without its text."""
 
     split: str
     blob: Blob
     records: int
+    lines: str
 
 
 class Records(Result):
-    """Cleaned, deduplicated, split records. `index`: raw path to the blob that says where each record came from (line, offset, length)."""
+    """Cleaned, deduplicated, split records. `index`: raw path to the blob that says where each record came from, in
+    fixed-width rows (`data.records.PLACE`).
+
+    `cleaned`: rows changed by each cleaning step. `sensitive`: records by kind of secret or personal data found; `flagged` lists them by
+    id, never by value. `clusters`: near duplicates, one JSON line a cluster: the record that stayed and those that went.
+    """
 
     asset: ClassVar[str] = "records"
+    schema: ClassVar[int] = 2
     sources: tuple[SourceCount, ...]
     reasons: dict[str, int]
+    cleaned: dict[str, int]
+    sensitive: dict[str, int]
     leaves: tuple[RecordLeaf, ...]
     index: dict[str, Blob]
     quarantine: Blob
+    flagged: Blob
+    clusters: Blob
     splits: dict[str, int]
     slices: dict[str, dict[str, int]]
 
     def files(self) -> dict[str, Blob]:
         leaves = {f"leaves/{leaf.split}/{n:05d}-{leaf.blob.sha256[:12]}.jsonl": leaf.blob for n, leaf in enumerate(self.leaves)}
-        index = {f"index/{path}.jsonl": blob for path, blob in self.index.items()}
-        return {**leaves, **index, "quarantine.jsonl": self.quarantine}
+        index = {f"index/{path}.bin": blob for path, blob in self.index.items()}
+        beside = {"quarantine.jsonl": self.quarantine, "flagged.jsonl": self.flagged, "clusters.jsonl": self.clusters}
+        return {**leaves, **index, **beside}
+
+
+class FilePart(Value):
+    """A run of rows of one raw file as they were parsed: `columns` (digests, places, counts) and `text` (their leaf lines)."""
+
+    rows: int
+    columns: Blob
+    text: Blob
+
+
+class ParsedFile(Value):
+    """What parsing a raw file gave, kept so that an unchanged file is not parsed again. `made_from`: digest of the file's own SHA-256 and of
+    all that parsing depends on beside the section and the code."""
+
+    made_from: str
+    parts: tuple[FilePart, ...]
+
+
+class Since(Value):
+    """What changed since the records made before under the same section: (added, removed, changed) files and records, (added, removed)
+    leaves, and by slice label and value (before, now)."""
+
+    files: tuple[int, int, int]
+    leaves: tuple[int, int]
+    records: tuple[int, int, int]
+    slices: dict[str, dict[str, tuple[int, int]]]
 
 
 class RecordsObserved(Observed):
-    """How long reading took (seconds), megabytes a second, and how many leaves the store already held."""
+    """How long reading took (seconds), megabytes of raw data a second; leaves that were there before; files parsed and taken over.
+
+    `since`: null when there were no records before."""
 
     seconds: float
     megabytes_per_second: float
     leaves_known: int
     leaves_new: int
+    files_parsed: int
+    files_known: int
+    parsed: dict[str, ParsedFile]
+    since: Since | None
+
+    def files(self) -> dict[str, Blob]:
+        parts = {
+            f"parsed/{path}/{number:05d}": part for path, file in self.parsed.items() for number, part in enumerate(file.parts)
+        }
+        return {f"{name}.{kind}": getattr(part, kind) for name, part in parts.items() for kind in ("columns", "text")}
 
 
 # --- shards -------------------------------------------------------------------------------------------------------------------------
 
 
 class Engine(Value):
-    """The tokenizer library that made the ids; `canary` is the digest of the ids of fixed strings."""
+    """The tokenizer library that made the ids; `canary` is the digest of the ids of fixed strings. `gate`: how another engine than the
+    reference was held against it, or why the reference is used instead; null where none was asked for."""
 
     name: str
     version: str
     canary: str
+    gate: str | None = None
 
 
 class TokenLeaf(Value):
-    """The tokens of one record leaf (`source`). `sha256` is over the canonical uncompressed bytes, never over the stored form."""
+    """The tokens of one record leaf (`source`). `sha256` is over the canonical uncompressed bytes, never over the stored form.
+
+    `lengths`, `slices` and `cut_*` are the leaf's share of the totals, so that a leaf taken over need not be read. `untrained`: records
+    of the source that have no trained token and are not in the leaf.
+    """
 
     split: str
     source: str
@@ -298,12 +362,20 @@ class TokenLeaf(Value):
     records: int
     tokens: int
     trained: int
+    lengths: dict[str, int]
+    slices: dict[str, dict[str, int]]
+    cut_records: int
+    cut_tokens: int
+    untrained: tuple[str, ...]
 
 
 class Shards(Result):
-    """Tokenised records. `lengths`: records by token count, keyed by the lower edge of a power of two. `truncated_*`: what was cut."""
+    """Tokenised records. `lengths`: records by token count, keyed by the lower edge of a power of two. `truncated_*`: what was cut.
+
+    `quarantine`: one JSON line for every record that is left out, with the reason."""
 
     asset: ClassVar[str] = "shards"
+    schema: ClassVar[int] = 2
     leaves: tuple[TokenLeaf, ...]
     engine: Engine
     tokenizer: str
@@ -317,6 +389,10 @@ class Shards(Result):
     truncated_records: int
     truncated_tokens: int
     untrained_records: int
+    quarantine: Blob
+
+    def files(self) -> dict[str, Blob]:
+        return {"quarantine.jsonl": self.quarantine}
 
 
 class ShardsObserved(Observed):
@@ -325,6 +401,7 @@ class ShardsObserved(Observed):
     stored: dict[str, Blob]
     leaves_reused: int
     leaves_new: int
+    records_new: int
     tokens_new: int
     seconds: float
 
@@ -336,8 +413,10 @@ class ShardsObserved(Observed):
 
 
 class Rule(Value):
-    """One check. `verdict`: pass, warn, fail or none (no reference yet). `effect` and `limit` in the rule's own unit; null where it has none."""
+    """One check. `verdict`: pass, warn, fail or none (nothing to compare with yet). `effect` and `limit` in the rule's own unit; null where it
+    has none. `group`: what is judged: records, totals, sample, drift or expectations."""
 
+    group: str
     name: str
     verdict: str
     effect: float | None
@@ -354,16 +433,24 @@ class Reproduction(Value):
 
 
 class ValidationReport(Result):
-    """Every rule with its verdict. `verdict` is the worst of them. `report` holds histograms and failing rows as JSON."""
+    """Every rule with its verdict. `verdict` is the worst of them. `report` holds histograms and failing rows as JSON, `page` the same as one
+    HTML page. `distributions` (name to bin to records or tokens) and `words` (hashed n-gram counts of drawn records) are what a later
+    snapshot is compared with. `suite`: the Great Expectations suite that was run, if the recipe names one."""
 
     asset: ClassVar[str] = "validation_report"
+    schema: ClassVar[int] = 2
     verdict: str
     rules: tuple[Rule, ...]
     reproduction: Reproduction
+    distributions: dict[str, dict[str, int]]
+    words: Blob
     report: Blob
+    page: Blob
+    suite: Blob | None
 
     def files(self) -> dict[str, Blob]:
-        return {"report.json": self.report}
+        suite = {"expectations.json": self.suite} if self.suite else {}
+        return {"report.json": self.report, "report.html": self.page, "words.bin": self.words, **suite}
 
 
 class ValidationObserved(Observed):

@@ -107,7 +107,7 @@ class Inspector:
         if "hardware" in was:
             now |= {"hardware": hardware_class(), "lock": sha256(lock_bytes() or b"")}
         said = [line for line in differing(was, now) if not line.startswith(f"{asset}: code ")]
-        said += [f"{asset}: {line}" for line in _changed(document.made.sources, reached)]
+        said += [f"{asset}: {line}" for line in changed_code(document.made.sources, reached)]
         for name, read in document.inputs.items():
             there = documents[name].digest if name in documents and name not in SHARED_ASSETS else read
             if there != read and not any(f"inputs.{name} " in line for line in said):
@@ -130,7 +130,8 @@ def code_of(asset: str) -> Closure:
     return found
 
 
-def _changed(was: dict[str, str], now: Closure) -> Iterator[str]:
+def changed_code(was: dict[str, str], now: Closure) -> Iterator[str]:
+    """Modules that changed, came or went since `was` (module to SHA-256 of its source), in words."""
     for name in sorted(was.keys() | now.sources.keys()):
         if name not in now.sources:
             yield f"code of {name} is no longer reached"

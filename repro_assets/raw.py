@@ -7,17 +7,39 @@ import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
+from typing import BinaryIO
 
 from repro_assets.data import manifest
 from repro_assets.documents import RawFile
 from repro_assets.memo import Memo
 from repro_assets.recipe import RawSection
 from resources.lake import Entry, Lake
+from resources.settings import Connections
 
 CHUNK = 1 << 20
 THREADS = 4
 PROGRESS_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Opener:
+    """Opens raw objects at one commit, in whatever process it is sent to."""
+
+    connections: Connections
+    commit: str
+
+    @cached_property
+    def _lake(self) -> Lake:
+        return Lake.connect(self.connections)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"connections": self.connections, "commit": self.commit}
+
+    def __call__(self, file: RawFile) -> BinaryIO:
+        return self._lake.open(self.commit, file.path)
 
 
 class Reader:

@@ -5,6 +5,8 @@ Where things run (ranks, backends, servers) is not here: it is never part of an 
 
 import difflib
 import re
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,17 +40,24 @@ class RawSection(Section):
 
 
 class Source(Section):
-    """How the files that match are read. `shape` names the row: chat messages or a prompt and its completion.
+    """How the files that match are read. `shape` names the row: chat messages, a prompt and its completion, an instruction with its input
+    and output, a preference pair (the chosen side is kept), or raw text.
 
-    `fields` maps our names (messages, prompt, completion, system, id) to the row's; a dotted name reaches into nested rows.
-    `slices` maps a label to the field that holds its value. `license` is an SPDX identifier.
+    `fields` maps our names (messages, prompt, completion, chosen, instruction, input, output, text, system, id) to the row's; a dotted name
+    reaches into nested rows. `slices` maps a label to the field that holds its value. `license` is an SPDX identifier, `date` the day the
+    data was acquired (YYYY-MM-DD). `weight`: share of its records kept, drawn by keyed hash. `quota`: at most that many records, those
+    with the lowest keyed hash. `record`: what one record is in a plain text file.
     """
 
     match: str
-    shape: Literal["messages", "prompt_completion"]
+    shape: Literal["messages", "prompt_completion", "instruction", "preference", "text"]
     fields: dict[str, str] = {}
     slices: dict[str, str] = {}
     license: str = "NOASSERTION"
+    date: str | None = None
+    weight: float = 1.0
+    quota: int | None = None
+    record: Literal["file", "line", "paragraph"] = "line"
 
 
 class Split(Section):
@@ -58,49 +67,123 @@ class Split(Section):
     key: str = "split"
 
 
-class RecordsSection(Section):
-    """Cleaning. `quarantine_limit`: share of rows read that may be bad before the asset stops. `row_limit`: bytes of one row.
+class NearDuplicates(Section):
+    """Near duplicates by one-permutation MinHash of hashed word n-grams. `words`: words in an n-gram. A pair that shares one of `bands`
+    bands of `rows` values, and whose estimated Jaccard similarity is at least `similarity`, is one cluster; one record of it stays."""
 
-    `contamination: exact` drops training records whose prompt equals an evaluation item's (NFC, case and spaces folded).
+    words: int = 5
+    bands: int = 14
+    rows: int = 8
+    similarity: float = 0.7
+
+
+class Augmentation(Section):
+    """Altered copies of training records beside the originals: a pure function of the record, drawn by keyed hash for `share` of them."""
+
+    kind: Literal["lowercase", "typos", "spaces"]
+    share: float = 0.1
+    seed: int = 0
+
+
+class RecordsSection(Section):
+    """Cleaning. `quarantine_limit`: share of rows read that may be bad before the asset stops. `row_limit`: bytes of one row, and
+    `row_group_limit` of one Parquet row group, uncompressed.
+
+    Texts: `normalize` Unicode; `controls: drop` takes out control characters and bidirectional overrides (tabs and line ends stay);
+    `whitespace: trim` at the ends of a text, `collapse` also runs of spaces inside a line.
+    `contamination` drops records whose prompt is an evaluation item: `exact` compares texts (NFC, case and spaces folded), `ngram` also
+    finds items of which `contamination_share` of the word n-grams (`contamination_words` words) occur in the record.
+    `secrets` and `personal`: `flag` counts and lists records, `mask` replaces what was found, `drop` takes the record out.
     `order` of the leaves: by path and position, or by key hash for sources that arrive reshuffled; `target`: records a leaf, on average.
     """
 
     sources: tuple[Source, ...]
     normalize: Literal["NFC", "none"] = "NFC"
+    controls: Literal["drop", "keep"] = "drop"
+    whitespace: Literal["keep", "trim", "collapse"] = "keep"
     duplicates: Literal["drop", "keep"] = "drop"
-    contamination: Literal["exact", "off"] = "exact"
+    near_duplicates: NearDuplicates | None = None
+    contamination: Literal["exact", "ngram", "off"] = "exact"
+    contamination_words: int = 13
+    contamination_share: float = 0.5
+    secrets: Literal["off", "flag", "mask", "drop"] = "off"
+    personal: Literal["off", "flag", "mask", "drop"] = "off"
+    augment: tuple[Augmentation, ...] = ()
     quarantine_limit: float = 0.01
     row_limit: int = 16 * 1024 * 1024
+    row_group_limit: int = 256 * 1024 * 1024
     split: Split = Split()
     order: Literal["path", "key_hash"] = "path"
     target: int = 256
 
 
 class ShardingSection(Section):
-    """Rendering and tokenising. `max_tokens`: longer records are cut and counted."""
+    """Rendering and tokenising. `max_tokens`: longer records are cut and counted. `engine: fastokens` is used where it gives the ids of the
+    reference on the fuzz set, the canary and 1 % of the records; elsewhere the reference (`tokenizers`) is, and the page says so."""
 
     max_tokens: int = 2048
+    engine: Literal["tokenizers", "fastokens"] = "tokenizers"
     train_on: Literal["assistant", "last_assistant"] = "assistant"
 
 
 class Drift(Section):
-    """Limits on effect size against the last promoted snapshot: population stability index and Jensen-Shannon distance."""
+    """Limits on effect size against the last promoted snapshot: population stability index, Jensen-Shannon distance, and how well a
+    classifier tells the records of the two snapshots apart by their words (`auc`: 0.5 not at all, 1 always). `sample`: records a side,
+    drawn by keyed hash, that the classifier sees."""
 
     psi_warn: float = 0.1
     psi_fail: float = 0.25
     js_warn: float = 0.1
     js_fail: float = 0.2
+    auc_warn: float = 0.65
+    auc_fail: float = 0.8
+    sample: int = 2000
+
+
+class Range(Section):
+    """Values that a column may have, both ends included. `allowed`: share of records outside that is a warning rather than a failure."""
+
+    min: int | None = None
+    max: int | None = None
+    allowed: float = 0.0
+
+
+class Language(Section):
+    """ISO 639-1 codes of the languages records may be in, and the least share of those drawn (`sample`) that must be in one of them."""
+
+    expected: tuple[str, ...]
+    minimum: float = 0.9
+    sample: int = 2000
+
+
+#: columns of the record frame that `validation.ranges` can limit
+RANGED = ("tokens", "trained", "cut", "characters", "turns", "longest_turn")
 
 
 class ValidationSection(Section):
-    """Rules on the shards. Lengths in tokens, shares in 0..1. `reproduce`: records rebuilt from raw and compared."""
+    """Rules on the shards. Lengths in tokens, shares in 0..1. `reproduce`: records rebuilt from raw and compared.
+
+    `ranges`: column (tokens, trained, cut, characters, turns, longest_turn) to its limits. `slices`: label that every record must have, to
+    its allowed values (none listed: any). `roundtrip`: records whose ids are decoded and encoded again; `max_roundtrip`: share of them
+    that may come out differently. `expectations`: a Great Expectations suite as JSON, relative to the recipe.
+    """
 
     min_records: int = 1
     min_tokens: int = 2
     max_truncated: float = 0.02
     min_trained: float = 0.01
+    ranges: dict[str, Range] = {}
+    slices: dict[str, tuple[str, ...]] = {}
+    language: Language | None = None
+    roundtrip: int = 1000
+    max_roundtrip: float = 0.01
+    expectations: str | None = None
     drift: Drift = Drift()
     reproduce: int = 3000
+
+    def identity(self) -> dict[str, Any]:
+        """Without `expectations`: where the suite lies identifies nothing; its bytes are in the memo key and in the report."""
+        return {key: value for key, value in msgspec.to_builtins(self).items() if key != "expectations"}
 
 
 class BaseModelSection(Section):
@@ -327,6 +410,37 @@ def _unwrap(kind: Any) -> Any:
     return kind
 
 
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def _check_validation(section: ValidationSection, refuse: Callable[[list[str | int], str], None]) -> None:
+    """Rules of the validation section; `refuse` takes the place of a key and what is wrong there."""
+    for column, limits in section.ranges.items():
+        at: list[str | int] = ["validation", "ranges", column]
+        if column not in RANGED:
+            near = difflib.get_close_matches(column, RANGED, 1, 0.5)
+            refuse(at, f"no such column{f'; did you mean `{near[0]}`?' if near else ''}; the columns are {', '.join(RANGED)}")
+        if limits.min is None and limits.max is None:
+            refuse(at, "limits nothing; give min, max or both")
+        if limits.min is not None and limits.max is not None and limits.min > limits.max:
+            refuse(at, f"min {limits.min} is above max {limits.max}")
+        if not 0 <= limits.allowed < 1:
+            refuse([*at, "allowed"], "a share of at least 0 and below 1")
+    if (language := section.language) and not (language.expected and 0 < language.minimum <= 1 and language.sample >= 1):
+        refuse(["validation", "language"], "at least one expected language, a minimum above 0 and at most 1, a sample of at least 1")
+    if section.roundtrip < 0 or not 0 <= section.max_roundtrip < 1:
+        refuse(["validation", "roundtrip"], "a count of at least 0, and max_roundtrip a share of at least 0 and below 1")
+    drift = section.drift
+    if not 0.5 <= drift.auc_warn <= drift.auc_fail <= 1:
+        refuse(["validation", "drift"], "0.5 <= auc_warn <= auc_fail <= 1: 0.5 is guessing, 1 telling every record apart")
+    if not (0 <= drift.psi_warn <= drift.psi_fail and 0 <= drift.js_warn <= drift.js_fail <= 1 and drift.sample >= 0):
+        refuse(["validation", "drift"], "0 <= psi_warn <= psi_fail, 0 <= js_warn <= js_fail <= 1, and a sample of at least 0")
+
+
 def _check(path: Path, tree: Any, recipe: Recipe) -> None:
     """Rules that no single field's type can say."""
 
@@ -350,6 +464,22 @@ def _check(path: Path, tree: Any, recipe: Recipe) -> None:
             refuse(["gates", "gates", index, "margin"], "a margin is a share of items between 0 and 1")
     if not recipe.records.sources:
         refuse(["records", "sources"], "at least one source is needed to read anything")
+    for index, source in enumerate(recipe.records.sources):
+        at: list[str | int] = ["records", "sources", index]
+        if not 0 < source.weight <= 1:
+            refuse([*at, "weight"], "the share of the source's records that is kept: above 0, at most 1")
+        if source.quota is not None and source.quota < 1:
+            refuse([*at, "quota"], "at least 1 record; leave a source out with raw.exclude")
+        if source.date is not None and not _is_date(source.date):
+            refuse([*at, "date"], f"{source.date!r} is not a day; write YYYY-MM-DD")
+    if (near := recipe.records.near_duplicates) and not (0 < near.similarity <= 1 and min(near.words, near.bands, near.rows) >= 1):
+        refuse(["records", "near_duplicates"], "similarity is above 0 and at most 1; words, bands and rows are at least 1")
+    if not (0 < recipe.records.contamination_share <= 1 and recipe.records.contamination_words >= 1):
+        refuse(["records", "contamination_share"], "a share above 0 and at most 1, of n-grams of at least 1 word")
+    for index, augmentation in enumerate(recipe.records.augment):
+        if not 0 < augmentation.share <= 1:
+            refuse(["records", "augment", index, "share"], "a share above 0 and at most 1")
+    _check_validation(recipe.validation, refuse)
     if not 0 <= recipe.records.split.validation < 1:
         refuse(["records", "split", "validation"], "a share between 0 and 1")
     if recipe.training.row_tokens < recipe.sharding.max_tokens:

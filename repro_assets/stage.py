@@ -8,14 +8,15 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any, BinaryIO, Generic, TypeVar, cast
+from functools import cached_property
+from typing import Any, Generic, TypeVar, cast
 
 import dagster as dg
 import msgspec
 
-from repro_assets import story
+from repro_assets import raw, story
 from repro_assets.bench import Bench
-from repro_assets.documents import KINDS, Document, Made, RawFile, Result
+from repro_assets.documents import KINDS, Document, Made, Result
 from repro_assets.memo import Memo, Remembered
 from repro_assets.recipe import Loaded, Recipe
 from repro_assets.shelf import SHARED_ASSETS, MissingDocument, Shelf, Snapshot, folder
@@ -196,9 +197,10 @@ class Stage(Generic[R]):
         """What was observed when the upstream document was made: where its bytes are stored, how long it took."""
         return self._documents[kind.asset].observed
 
-    def open_raw(self, file: RawFile) -> BinaryIO:
-        """The bytes of a raw object at the snapshot's commit."""
-        return cast(BinaryIO, self.bench.lake.client.open(self.snapshot.commit, file.path))
+    @cached_property
+    def open_raw(self) -> raw.Opener:
+        """Opens the bytes of a raw object at the snapshot's commit; may be sent to another process."""
+        return raw.Opener(self.bench.lake.connections, self.snapshot.commit)
 
     def progress(self, what: str, done: int, total: int) -> None:
         """One line in the Dagster log every few seconds: progress bars freeze its UI."""

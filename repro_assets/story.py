@@ -129,29 +129,49 @@ def eval_suites(result: d.EvalSuites, observed: d.SharedObserved) -> dict[str, A
 
 
 def records(result: d.Records, observed: d.RecordsObserved) -> dict[str, Any]:
+    counted = ("files", "read", "kept", "augmented", "quarantined", "duplicates", "near_duplicates", "contaminated", "sensitive", "unsampled")
     rows = (
         {
             "source": count.match,
             "licence": count.license,
-            "files": count.files,
-            "read": count.read,
-            "kept": count.kept,
-            "quarantined": count.quarantined,
-            "duplicates": count.duplicates,
-            "contaminated": count.contaminated,
+            "date": count.date or "not said",
+            **{name.replace("_", " "): getattr(count, name) for name in counted},
         }
         for count in result.sources
     )
-    return {
+    files = f"{observed.files_parsed} files parsed, {observed.files_known} taken over from earlier records"
+    told = {
         "sources": table(rows),
         "splits": table({"split": name, "records": count} for name, count in result.splits.items()),
         "dropped, by reason": table({"reason": name, "rows": count} for name, count in result.reasons.items()),
-        "leaves": f"{len(result.leaves)} leaves: {observed.leaves_new} new, {observed.leaves_known} already stored",
+        "reuse": f"{files}; {len(result.leaves)} leaves: {observed.leaves_new} new, {observed.leaves_known} already stored",
         "quarantine": f"{result.quarantine.sha256} (quarantine.jsonl beside this document)",
         "slices": table(
             {"label": label, "value": value, "records": n} for label, values in result.slices.items() for value, n in values.items()
         ),
     }
+    if result.cleaned:
+        told["cleaned"] = table({"step": step, "rows changed": count} for step, count in result.cleaned.items())
+    if result.sensitive:
+        told["secrets and personal data"] = table({"kind": kind, "records": count} for kind, count in result.sensitive.items())
+    return {**told, **_since(observed.since)}
+
+
+def _since(since: d.Since | None) -> dict[str, Any]:
+    """The difference from the records that were made before, as tables."""
+    if since is None:
+        return {}
+    rows = [
+        {"what": "files", "added": since.files[0], "removed": since.files[1], "changed": since.files[2]},
+        {"what": "leaves", "added": since.leaves[0], "removed": since.leaves[1], "changed": 0},
+        {"what": "records", "added": since.records[0], "removed": since.records[1], "changed": since.records[2]},
+    ]
+    moved = [
+        {"label": label, "value": value, "before": before, "now": now}
+        for label, values in since.slices.items()
+        for value, (before, now) in values.items()
+    ]
+    return {"since the records before": table(rows), **({"slices since then": table(moved)} if moved else {})}
 
 
 def shards(result: d.Shards, observed: d.ShardsObserved) -> dict[str, Any]:
@@ -166,33 +186,37 @@ def shards(result: d.Shards, observed: d.ShardsObserved) -> dict[str, Any]:
         for split in result.tokens
     )
     total = sum(result.tokens.values())
-    reused = f"{observed.leaves_reused} of {len(result.leaves)} leaves reused; {observed.tokens_new:,} of {total:,} tokens made new"
+    reused = f"{observed.leaves_reused} of {len(result.leaves)} leaves reused; {observed.records_new:,} records and {observed.tokens_new:,} of {total:,} tokens made new"
     return {
         "summary": table(rows),
         "reuse": reused,
         "lengths": sketch("lengths", pictures.histogram_sketch(result.lengths, "tokens a record")),
         "lengths in full": picture("tokens a record", pictures.histogram(result.lengths, "tokens a record")),
         "truncated": f"{result.truncated_records} records, {result.truncated_tokens} tokens; {result.untrained_records} records without a trained token left out",
-        "engine": f"{result.engine.name} {result.engine.version}, canary {result.engine.canary[:12]}",
+        "engine": f"{result.engine.name} {result.engine.version}, canary {result.engine.canary[:12]}"
+        + (f"; {result.engine.gate}" if result.engine.gate else ""),
         "tokenizer": result.tokenizer,
         "chat template": result.template,
     }
 
 
 def validation_report(result: d.ValidationReport, observed: d.ValidationObserved) -> dict[str, Any]:
+    rank = {"fail": 0, "warn": 1}
     rows = (
         {
+            "group": rule.group,
             "rule": rule.name,
             "verdict": rule.verdict,
             "effect": "-" if rule.effect is None else f"{rule.effect:.4f}",
             "limit": "-" if rule.limit is None else f"{rule.limit:.4f}",
             "detail": rule.detail,
         }
-        for rule in result.rules
+        for rule in sorted(result.rules, key=lambda rule: rank.get(rule.verdict, 2))
     )
+    tally = {verdict: sum(rule.verdict == verdict for rule in result.rules) for verdict in ("fail", "warn", "pass", "none")}
     again = result.reproduction
     return {
-        "verdict": result.verdict,
+        "verdict": f"{result.verdict}: {', '.join(f'{count} {verdict}' for verdict, count in tally.items() if count)}",
         "rules": table(rows),
         "rebuilt from raw": f"{again.equal} of {again.drawn} drawn records came out equal"
         + (f"; not {', '.join(again.differing)}" if again.differing else ""),

@@ -41,6 +41,7 @@ CODES: dict[int, tuple[str, ...]] = {
         "resources.gpu.executor.JobError",
     ),
     WRONG_USE: (
+        "repro_assets.data.errors.TableError",
         "repro_assets.evaluation.policy.PolicyError",
         "repro_assets.evaluation.suites.SuiteError",
         "repro_assets.importing.CannotImport",

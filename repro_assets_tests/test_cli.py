@@ -25,8 +25,8 @@ from resources.settings import Connections
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
-    "commit-raw", "demo", "dev", "doctor", "down", "env", "import", "materialize", "rebuild", "recipe", "releases", "reproduce", "rollback",
-    "show", "snapshots", "status", "up", "verify", "why",
+    "blame", "checkout", "commit-raw", "demo", "dev", "diff", "doctor", "down", "env", "import", "materialize", "rebuild", "recipe",
+    "releases", "reproduce", "rollback", "show", "snapshots", "status", "tiny-run", "up", "verify", "why",
 }  # fmt: skip
 
 

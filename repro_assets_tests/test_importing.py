@@ -1,19 +1,27 @@
 """Bringing data to raw: what is refused, what a snapshot holds, other tools' writes, and a process killed in the middle."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from deltalake import write_deltalake
 
-from repro_assets import importing
+from repro_assets import importing, tables
+from repro_assets.data import manifest
+from repro_assets.data.errors import TableError
 from repro_assets.importing import CannotImport, Imported, listed
 from repro_assets.partitions import key_of
+from repro_assets.recipe import RawSection
 from repro_assets.shelf import UncommittedRaw
+from repro_assets.trust.canonical import sha256
 from repro_assets_tests.graph import Graph, jsonl, tickets
 from repro_assets_tests.test_shelf import gateway
+from repro_assets_tests.world import repro
 from resources.errors import NothingToCommit, Refused
 
 NAMES = ("plain.jsonl", "with space.jsonl", "ünïcödé-日本.jsonl", "deep/er/file.txt", ".hidden")
@@ -205,3 +213,79 @@ def test_a_killed_import_leaves_raw_at_the_old_or_the_new_state_and_can_be_repea
     assert done.new is not there
     assert tree(graph, done.commit) == {f"{index}.txt": str(index).encode() for index in range(30)}
     assert done.commit == lake.head("raw")
+
+
+# ---- tables
+
+
+def lakehouse(folder: Path) -> Path:
+    for number, mode in enumerate(("error", "append", "overwrite")):
+        write_deltalake(folder, pa.table({"prompt": [f"q{number}"], "completion": [f"a{number}"]}), mode=mode)  # type: ignore[call-overload]
+    return folder
+
+
+def bring_table(graph: Graph, table: tables.Table, to: str = "tables/t", **options: object) -> Imported:
+    bench = graph.bench()
+    return importing.import_table(bench.lake.client, bench.blobs.store, table, to=to, **options)  # type: ignore[arg-type]
+
+
+def test_a_version_of_a_table_is_a_folder_of_raw_and_another_version_takes_its_place(graph: Graph, tmp_path: Path) -> None:
+    """S0.39, S0.43: an older version although a newer one is there; the window says which, and every file's digest."""
+    folder = lakehouse(tmp_path / "delta")
+    one = tables.delta(str(folder), 1)
+    seen: list[tuple[int, int]] = []
+    done = bring_table(graph, one, progress=lambda at, total: seen.append((at, total)))
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+    found = tree(graph, done.commit)
+    assert set(found) == {f"tables/t/{file.path}" for file in one.files} | {"tables/t/_window.json"}
+    window = json.loads(found["tables/t/_window.json"])
+    assert (window["format"], window["version"], window["timestamp"][:2]) == ("delta", 1, "20")
+    for file in window["files"]:
+        data = found[f"tables/t/{file['path']}"]
+        assert (file["sha256"], file["size"]) == (sha256(data), len(data))
+        assert data == (folder / file["source"]).read_bytes()
+    info = graph.bench().lake.client.commit_info(done.commit)
+    assert (info.metadata["table_state"], done.files, done.new) == ("version 1", 2, True)
+    assert manifest.selected(found, RawSection()) == sorted(f"tables/t/{file.path}" for file in one.files)
+
+    assert not bring_table(graph, tables.delta(str(folder), 1)).new
+    bring(graph, folder / "_delta_log", to="beside")
+    newer = tables.delta(str(folder), 2)
+    after = tree(graph, bring_table(graph, newer).commit)
+    assert {path for path in after if path.startswith("tables/")} == {f"tables/t/{newer.files[0].path}", "tables/t/_window.json"}
+    assert any(path.startswith("beside/") for path in after)
+
+
+def test_a_table_never_takes_the_place_of_other_data(graph: Graph, folder: Path, tmp_path: Path) -> None:
+    table = tables.delta(str(lakehouse(tmp_path / "delta")), 0)
+    bring(graph, folder, to="mine")
+    with pytest.raises(CannotImport, match="needs a folder of its own on raw"):
+        bring_table(graph, table, to="/")
+    with pytest.raises(CannotImport, match=r"'mine' on raw holds 'mine/.*', which is no table's"):
+        bring_table(graph, table, to="mine")
+    bring_table(graph, table)
+    with pytest.raises(CannotImport, match=r"'tables/t' on raw holds the table .*delta/?: import .*other.*--to another folder"):
+        bring_table(graph, tables.delta(str(lakehouse(tmp_path / "other")), 0))
+
+
+def test_a_data_file_that_is_gone_or_was_changed_stops_the_import(graph: Graph, tmp_path: Path) -> None:
+    folder = lakehouse(tmp_path / "delta")
+    table = tables.delta(str(folder), 0)
+    file = folder / table.files[0].path
+    data = file.read_bytes()
+    file.write_bytes(data + b"x")
+    with pytest.raises(TableError, match=r"has [\d,]+ bytes, the table says"):
+        bring_table(graph, table)
+    file.unlink()
+    with pytest.raises(TableError, match=r"version 0: part-.* cannot be read.*vacuumed"):
+        bring_table(graph, table)
+
+
+def test_the_command_imports_one_state_of_a_table(graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPRO_RECIPE", str(graph.recipe()))
+    folder = lakehouse(tmp_path / "delta")
+    answer = repro("import", "--delta", folder, "--version", 0, "--to", "tables/t", "--json")
+    assert answer.code == 0, answer
+    found = tree(graph, answer.json["commit"])
+    assert json.loads(found["tables/t/_window.json"])["version"] == 0
+    assert (answer.json["files"], len(found)) == (1, 2)

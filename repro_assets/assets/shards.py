@@ -4,13 +4,13 @@ import dagster as dg
 
 from repro_assets.assets.base_model import base_model
 from repro_assets.assets.records import records
-from repro_assets.data import sharding
+from repro_assets.data import sharding, workers
 from repro_assets.documents import BaseModel, Records, Shards
 from repro_assets.partitions import snapshots
 from repro_assets.stage import Stages, reproduces
 from repro_assets.trust.closure import closure
 
-CODE = closure("repro_assets.data.sharding", libraries=("tokenizers", "jinja2", "pyarrow", "numpy", "msgspec"))
+CODE = closure("repro_assets.data.sharding", libraries=("tokenizers", "fastokens", "jinja2", "pyarrow", "numpy", "msgspec"))
 
 
 @dg.asset(
@@ -25,7 +25,14 @@ def shards(context: dg.AssetExecutionContext, stages: Stages) -> dg.MaterializeR
     stage = stages.begin(context, Shards, needs=(Records,), shared=(BaseModel,), code=CODE)
     if recalled := stage.recall():
         return stage.commit(recalled)
+    cleaned = stage.input(Records)
     built = sharding.build(
-        stage.input(Records), stage.input(BaseModel), stage.recipe.sharding, stage.blobs, previous=stage.relative(), progress=stage.progress
+        cleaned,
+        stage.input(BaseModel),
+        stage.recipe.sharding,
+        stage.blobs,
+        previous=stage.relative(),
+        progress=stage.progress,
+        workers=workers.chosen(sum(leaf.blob.size for leaf in cleaned.leaves)),
     )
     return stage.commit(built)

@@ -31,3 +31,11 @@ class LeafError(DataError):
 
 class PackingError(DataError):
     """Records that cannot be packed into rows of the wanted size."""
+
+
+class WorkerLost(DataError):
+    """A map that could not be finished where it ran: workers that keep dying, or a cluster that is not there."""
+
+
+class TableError(DataError):
+    """A Delta or Iceberg table that cannot be imported: no version named, one that is not there, or rows that its files alone do not say."""

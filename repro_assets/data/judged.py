@@ -1,9 +1,10 @@
-"""Verdicts and the list of rules that carry them. What is judged is said in `rules.py` and `validation.py`."""
+"""Verdicts and the list of rules that carry them. What is judged is said in `rules.py`, `conversations.py` and `validation.py`."""
 
 from repro_assets.data.drift import DIGITS
 from repro_assets.documents import Rule
 
 PASS, WARN, FAIL, NONE = "pass", "warn", "fail", "none"
+RECORDS, TOTALS, SAMPLE, DRIFT, EXPECTATIONS = "records", "totals", "sample", "drift", "expectations"
 SHOWN = 20
 
 
@@ -14,8 +15,8 @@ class Judged:
         self.rules: list[Rule] = []
         self.failing: dict[str, list[str]] = {}
 
-    def add(self, name: str, verdict: str, effect: float | None, limit: float | None, detail: str) -> None:
-        self.rules.append(Rule(name, verdict, None if effect is None else round(float(effect), DIGITS), limit, detail))
+    def add(self, group: str, name: str, verdict: str, effect: float | None, limit: float | None, detail: str) -> None:
+        self.rules.append(Rule(group, name, verdict, None if effect is None else round(float(effect), DIGITS), limit, detail))
 
     @property
     def verdict(self) -> str:

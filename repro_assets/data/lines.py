@@ -1,7 +1,7 @@
 """A record, its identity, and its line in a record leaf. Reading raw rows is `readers.py`, cutting leaves is `records.py`.
 
-A leaf line is the RFC 8785 canonical JSON of {"id", "key", "messages": [{"content", "role"}], "slices"} and a newline. It holds nothing
-that moves with the record's position.
+A leaf line is the RFC 8785 canonical JSON of {"id", "key", "messages": [{"content", "name", "role", "tool_calls"}], "slices"} and a newline,
+`name` and `tool_calls` only where a message has them. It holds nothing that moves with the record's position.
 """
 
 import hashlib
@@ -12,13 +12,25 @@ from typing import Literal
 import msgspec
 
 from repro_assets.trust.blob import Blob, BlobStore
+from repro_assets.trust.canonical import canonical
 
 
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One turn. Fields are in canonical order, so that encoding a struct gives canonical JSON."""
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One turn, of `system`, `user`, `assistant` or `tool`; or the `text` of a record of raw text. `tool_calls`: canonical JSON of the calls
+    of an assistant turn, without ids: answers follow in the order of the calls.
+
+    The fields that every message has are in canonical order, so that encoding a plain message gives canonical JSON.
+    """
 
     content: str
     role: str
+    name: str | None = None
+    tool_calls: str | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is content and role only."""
+        return self.name is None and self.tool_calls is None
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,25 +43,62 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 _encoder = msgspec.json.Encoder()
+_sorted = msgspec.json.Encoder(order="sorted")
 _decoder = msgspec.json.Decoder(Record)
 
 
 def identity(messages: tuple[Message, ...]) -> bytes:
     """32 bytes: SHA-256 of the canonical JSON of the messages. Raises UnicodeEncodeError for a lone surrogate."""
     # msgspec escapes strings exactly as RFC 8785 asks and is 25 times faster than a general canonicaliser; a test holds the two equal.
-    return hashlib.sha256(_encoder.encode(messages)).digest()
+    return hashlib.sha256(_canonical(messages)).digest()
+
+
+def _canonical(messages: tuple[Message, ...]) -> bytes:
+    for message in messages:
+        if message.name is not None or message.tool_calls is not None:
+            return _sorted.encode(messages)
+    return _encoder.encode(messages)
 
 
 def make(messages: Iterable[Message], key: str | None, slices: dict[str, str], normalize: Literal["NFC", "none"] = "NFC") -> Record:
     """The record of these turns, normalised as the recipe says, its slice labels in canonical order."""
+    messages = tuple(_normal(message) for message in messages) if normalize == "NFC" else tuple(messages)
+    return made(messages, key, slices, normalize)[0]
+
+
+def made(
+    messages: tuple[Message, ...], key: str | None, slices: dict[str, str], normalize: Literal["NFC", "none"] = "NFC"
+) -> tuple[Record, bytes]:
+    """The record of turns that are normalised already, and its leaf line; their text is encoded once for both."""
     if normalize == "NFC":
-        messages = tuple(Message(content=_nfc(message.content), role=message.role) for message in messages)
         key = None if key is None else _nfc(key)
         slices = {label: _nfc(value) for label, value in slices.items()}
-    else:
-        messages = tuple(messages)
-    ordered = dict(sorted(slices.items(), key=lambda item: item[0].encode("utf-16-be")))
-    return Record(id=identity(messages).hex(), key=key, messages=messages, slices=ordered)
+    if len(slices) > 1:
+        slices = dict(sorted(slices.items(), key=lambda item: item[0].encode("utf-16-be")))
+    said = _canonical(messages)
+    name = hashlib.sha256(said).hexdigest()
+    line = b"".join(
+        (
+            b'{"id":"',
+            name.encode(),
+            b'","key":',
+            _encoder.encode(key),
+            b',"messages":',
+            said,
+            b',"slices":',
+            _encoder.encode(slices),
+            b"}\n",
+        )
+    )
+    return Record(id=name, key=key, messages=messages, slices=slices), line
+
+
+def _normal(message: Message) -> Message:
+    if message.name is None and message.tool_calls is None:
+        return Message(_nfc(message.content), message.role)
+    # No quote or bracket composes with what follows it, so canonical JSON stays JSON; its keys are put in order anew.
+    calls = None if message.tool_calls is None else canonical(msgspec.json.decode(_nfc(message.tool_calls))).decode()
+    return Message(_nfc(message.content), message.role, None if message.name is None else _nfc(message.name), calls)
 
 
 def _nfc(text: str) -> str:
@@ -58,7 +107,10 @@ def _nfc(text: str) -> str:
 
 def encode(record: Record) -> bytes:
     """The record's leaf line, newline included."""
-    return _encoder.encode(record) + b"\n"
+    if all(message.plain for message in record.messages):
+        return _encoder.encode(record) + b"\n"
+    row = {"id": record.id, "key": record.key, "messages": msgspec.Raw(_canonical(record.messages)), "slices": record.slices}
+    return _encoder.encode(row) + b"\n"
 
 
 def decode(leaf: bytes) -> Iterator[Record]:

@@ -14,15 +14,65 @@ from repro_assets.recipe import RawSection
 from repro_assets.trust.blob import BlobStore
 from repro_assets.trust.canonical import canonical
 
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
+#: suffix -> format
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "txt",
+    ".text": "txt",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
 OTHER = "other"
+#: what `repro import --delta` or `--iceberg` writes beside a table's files: where they come from. No data, so in no manifest.
+WINDOW = "_window.json"
+
+_ARCHIVE = "an archive: which of its members are data, and in which order, is nowhere fixed; unpack it and import the files"
+_COMPRESSED = "compressed in a way that is not read here; decompress it, or compress it as .gz or .zst"
+#: ends of names that are no data, and what to do about each
+REMEDIES = {
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tbz2", ".txz", ".7z", ".rar"), _ARCHIVE),
+    **dict.fromkeys((".bz2", ".xz", ".lz4", ".lzma", ".br", ".z"), _COMPRESSED),
+    ".dvc": "a DVC pointer, not the data; run `dvc pull` where it came from and import the data itself",
+}
 
 
 def format_of(path: str) -> str:
-    """`jsonl`, `parquet`, or `other` when no reader knows the suffix (compressed files included)."""
+    """`jsonl`, `json`, `csv`, `tsv`, `txt`, `parquet`; a text format with `.gz` or `.zst` behind it; `other` when no reader knows the name."""
     name = path.rsplit("/", 1)[-1].lower()
-    dot = name.rfind(".")
-    return SUFFIXES.get(name[dot:], OTHER) if dot >= 0 else OTHER
+    if name.endswith(tuple(REMEDIES)):
+        return OTHER
+    stem, dot, _ = name.rpartition(".")
+    compression = COMPRESSIONS.get(name[len(stem) :]) if dot else None
+    if compression:
+        name = stem
+    base = SUFFIXES.get(name[name.rfind(".") :], OTHER) if "." in name else OTHER
+    if not compression:
+        return base
+    # Parquet compresses its columns itself, and its footer could not be reached in a compressed stream.
+    return OTHER if base in (OTHER, "parquet") else f"{base}.{compression}"
+
+
+def parts(format: str) -> tuple[str, str]:
+    """A format without its compression, and the compression: `gz`, `zst` or nothing."""
+    base, _dot, compression = format.partition(".")
+    return base, compression
+
+
+def remedy_for(path: str) -> str | None:
+    """What to do about a file whose name says that it is no data; None for any other."""
+    lower = path.lower()
+    if "/_delta_log/" in f"/{lower}":
+        return "the log of a Delta table, whose files are not all in force; import the table with `repro import --delta URI --version N`"
+    if re.search(r"(^|/)metadata/[^/]*\.metadata\.json$", lower):
+        return "the metadata of an Iceberg table; import the table with `repro import --iceberg METADATA --snapshot-id ID`"
+    # The longest end wins: a .tar.gz is an archive, whatever .gz is.
+    ends = sorted((end for end in REMEDIES if lower.endswith(end)), key=len)
+    return REMEDIES[ends[-1]] if ends else None
 
 
 @lru_cache(maxsize=512)
@@ -57,11 +107,14 @@ def bytewise(path: str) -> bytes:
 
 
 def selected(paths: Iterable[str], section: RawSection) -> list[str]:
-    """Those of `paths` that match an include and no exclude pattern, in bytewise order."""
+    """Those of `paths` that match an include and no exclude pattern, in bytewise order; the windows of tables (`WINDOW`) are never among
+    them, so that the same rows under another table version are the same data."""
     kept = (
         path
         for path in paths
-        if any(matches(path, glob) for glob in section.include) and not any(matches(path, glob) for glob in section.exclude)
+        if path.rsplit("/", 1)[-1] != WINDOW
+        and any(matches(path, glob) for glob in section.include)
+        and not any(matches(path, glob) for glob in section.exclude)
     )
     return sorted(kept, key=bytewise)
 

@@ -1,38 +1,48 @@
-"""From raw files to records: strict rows, duplicates and contamination taken out and listed, split by keyed hash, cut into leaves.
+"""From raw files to records: duplicates taken out and listed, sources sampled, records split by keyed hash and cut into leaves.
 
-Rows are read by `readers.py`; what a record is says `lines.py`. Files are parsed one by one (a pure map), everything that needs
-more than one file works on digests and positions only, so memory does not grow with the text.
+Files are parsed one by one (`parts.py`, a pure map that may run anywhere); what needs more than one file works here on digests and
+places only, so memory grows with the number of records (about 150 bytes each) and not with their text.
 """
 
 import hashlib
+import heapq
 import os
 import tempfile
 import time
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from fractions import Fraction
-from functools import lru_cache
-from typing import Any, BinaryIO, Self, cast
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Any, BinaryIO, cast
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
-from repro_assets.data import Progress, readers
+from repro_assets.data import Progress, diff, near, parts, readers
 from repro_assets.data.chunking import boundaries
-from repro_assets.data.errors import DataError, QuarantineError, SourceError
-from repro_assets.data.lines import Record, encode, make, normal_text
-from repro_assets.documents import RawFile, RawSnapshot, RecordLeaf, Records, RecordsObserved, SourceCount
+from repro_assets.data.contamination import Evaluated
+from repro_assets.data.errors import DataError, QuarantineError
+from repro_assets.data.parts import SPLITS, OpenRaw, Parse, side, threshold
+from repro_assets.data.places import ORIGINAL, PLACE, Place, places
+from repro_assets.data.workers import Serial, Workers
+from repro_assets.documents import FilePart, ParsedFile, RawFile, RawSnapshot, RecordLeaf, Records, RecordsObserved, Since, SourceCount
 from repro_assets.recipe import RecordsSection, Source
 from repro_assets.trust.blob import Blob, BlobStore
 from repro_assets.trust.canonical import sha256
 
-SPLITS = ("train", "validation")
 SLICE_VALUES = 1000
 BATCH = 64
+#: reason of a row that was set aside -> the field of SourceCount that counts it; every other reason is quarantine
+COUNTED = {
+    "duplicate": "duplicates",
+    "near_duplicate": "near_duplicates",
+    "contaminated": "contaminated",
+    "sensitive": "sensitive",
+    "unsampled": "unsampled",
+}
 
-__all__ = ["Aside", "Place", "asides", "build", "contaminated", "normal_text", "places", "prompt_index", "record_of", "side"]
-
-OpenRaw = Callable[[RawFile], BinaryIO]
+__all__ = ["Aside", "Place", "asides", "build", "places", "side"]
 
 
 class Aside(msgspec.Struct, frozen=True):
@@ -44,133 +54,114 @@ class Aside(msgspec.Struct, frozen=True):
     reason: str
 
 
-class Place(msgspec.Struct, frozen=True):
-    """One line of a raw file's index: where the record `id` came from (`readers.Row` says what offset and length mean)."""
+class _Flag(msgspec.Struct, frozen=True):
+    """One line of `flagged`: a record and how many secrets and personal data of each kind were found in it."""
 
     id: str
-    length: int
-    line: int
-    offset: int
+    kinds: dict[str, int]
 
 
-# ---- items of the evaluation suites
+class _Beside(msgspec.Struct, frozen=True):
+    """What a part says beside its columns."""
+
+    labels: tuple[dict[str, str], ...]
+    set_aside: tuple[parts.Set, ...]
+    cleaned: dict[str, int]
+    flagged: dict[int, dict[str, int]]
+    read: int
 
 
-class _Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of the eval suites' prompts: an item's text after `normal_text`."""
+class _Table:
+    """Every row of all files in canonical order, as columns over the parts; about 110 bytes a row."""
 
-    item: str
-    suite: str
-    text: str
+    def __init__(self, files: list[RawFile], ranks: list[int], parsed: list[ParsedFile], store: BlobStore) -> None:
+        self.files, self.store = files, store
+        self.parts: list[tuple[int, FilePart]] = [(number, part) for number, file in enumerate(parsed) for part in file.parts]
+        rows = [part.rows for _number, part in self.parts]
+        self.starts = np.cumsum([0, *rows])
+        self.beside: list[_Beside] = []
+        columns: dict[str, list[NDArray[Any]]] = {name: [] for name in parts.COLUMNS}
+        for data in store.get_many(part.columns.sha256 for _number, part in self.parts):
+            held = parts.columns(data)
+            self.beside.append(_Beside(held.labels, held.set_aside, held.cleaned, held.flagged, held.read))
+            for name, arrays in columns.items():
+                if held.side:
+                    arrays.append(parts.column(held, name))
 
+        def whole(name: str) -> NDArray[Any]:
+            arrays, (kind, wide) = columns.pop(name), parts.COLUMNS[name]
+            return np.concatenate(arrays) if arrays else np.zeros((0, 32) if wide else 0, kind)
 
-def prompt_index(prompts: Iterable[bytes] | bytes) -> dict[bytes, str]:
-    """Digest of each text in `prompts` (JSONL of {"item", "suite", "text"}, whole or line by line) to the first item's suite/item."""
-    rows = prompts.split(b"\n") if isinstance(prompts, bytes) else prompts
-    found: dict[bytes, str] = {}
-    try:
-        for line in rows:
-            if line.strip():
-                prompt = msgspec.json.decode(line, type=_Prompt)
-                found.setdefault(hashlib.sha256(prompt.text.encode()).digest(), f"{prompt.suite}/{prompt.item}")
-    except msgspec.DecodeError as error:
-        raise DataError(f"the eval suites' prompts cannot be read: {error}; materialize eval_suites again") from error
-    return found
-
-
-def contaminated(record: Record, evaluated: Mapping[bytes, str]) -> str | None:
-    """suite/item of the evaluation item that the record's user turns, joined or any one of them, equal after `normal_text`; else None."""
-    if not evaluated:
-        return None
-    turns = [message.content for message in record.messages if message.role == "user"]
-    texts = [normal_text(turn) for turn in turns] + ([normal_text("\n".join(turns))] if len(turns) > 1 else [])
-    return next((evaluated[name] for text in texts if (name := hashlib.sha256(text.encode()).digest()) in evaluated), None)
-
-
-# ---- one row, one record
-
-
-def record_of(row: readers.Row, section: RecordsSection) -> Record:
-    """The record of a raw row, cleaned as the recipe says."""
-    return make(row.messages, row.key, row.slices, section.normalize)
-
-
-def side(record: str, section: RecordsSection) -> str:
-    """`train` or `validation`: drawn by keyed hash of the record id alone, so that a record never changes side."""
-    drawn = int.from_bytes(hashlib.sha256(f"{section.split.key}|{record}".encode()).digest()[:8], "big")
-    return SPLITS[drawn < _share(section.split.validation)]
-
-
-@lru_cache
-def _share(share: float) -> int:
-    return int(Fraction(share) * (1 << 64))
-
-
-# ---- the map over files
-
-
-class _Verified:
-    """A stream that is hashed while it is read; it cannot seek, so that every byte passes once and in order."""
-
-    def __init__(self, stream: BinaryIO, file: RawFile) -> None:
-        self.stream, self.file, self.hash = stream, file, hashlib.sha256()
-
-    def read(self, count: int = -1) -> bytes:
-        block = self.stream.read(count)
-        self.hash.update(block)
-        return block
-
-    def seekable(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        """The reader is done with it; `finish` closes the stream."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.stream.close()
-
-    def finish(self) -> None:
-        while self.read(readers.BLOCK):
-            pass
-        if (found := self.hash.hexdigest()) != self.file.sha256:
-            raise SourceError(
-                f"{self.file.path}: the bytes read have SHA-256 {found}, the manifest says {self.file.sha256}: "
-                "the raw object was changed after it was hashed; materialize raw_snapshot again, or restore the object"
-            )
-
-
-class _Parsed:
-    """The good rows of all files in canonical order, as columns; their leaf lines lie in a temporary file."""
-
-    def __init__(self, spill: BinaryIO) -> None:
-        self.spill, self.end = spill, 0
-        self.ids: list[bytes] = []
-        self.file, self.line, self.offset, self.length = array("l"), array("q"), array("q"), array("q")
-        self.at, self.size = array("q"), array("q")
-        self.sides = bytearray()
-        self.labels: dict[tuple[tuple[str, str], ...], int] = {}
-        self.label = array("l")
-
-    def add(self, file: int, row: readers.Row, record: Record, split: str) -> None:
-        data = encode(record)
-        self.spill.write(data)
-        self.ids.append(bytes.fromhex(record.id))
-        for column, value in zip((self.file, self.line, self.offset, self.length), (file, row.line, row.offset, row.length), strict=True):
-            column.append(value)
-        self.at.append(self.end)
-        self.size.append(len(data))
-        self.sides.append(SPLITS.index(split))
-        self.label.append(self.labels.setdefault(tuple(record.slices.items()), len(self.labels)))
-        self.end += len(data)
+        self.record, self.lines, self.key, self.signature = (whole(name) for name in ("record", "lines", "key", "signature"))
+        self.line, self.offset, self.length, self.size = (whole(name) for name in ("line", "offset", "length", "size"))
+        self.side, self.by, self.label = whole("side"), whole("by"), whole("label")
+        self.part = np.repeat(np.arange(len(rows), dtype=np.int32), rows)
+        self._file = np.array([number for number, _part in self.parts], np.int32)
+        self._rank = np.array([ranks[number] for number, _part in self.parts], np.int32)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.line)
 
-    def data(self, position: int) -> bytes:
-        return os.pread(self.spill.fileno(), self.size[position], self.at[position])
+    def file(self, position: int) -> int:
+        return int(self._file[self.part[position]])
+
+    def rank(self, position: int) -> int:
+        return int(self._rank[self.part[position]])
+
+    def ranks(self, positions: NDArray[np.int64]) -> NDArray[np.int32]:
+        return self._rank[self.part[positions]]
+
+    def rows_of(self, file: int) -> tuple[int, int]:
+        """First position and end of a file's rows."""
+        mine = np.flatnonzero(self._file == file)
+        return (int(self.starts[mine[0]]), int(self.starts[mine[-1] + 1])) if len(mine) else (0, 0)
+
+    def where(self, position: int) -> str:
+        return f"{self.files[self.file(position)].path}:{self.line[position]}"
+
+    def labels(self, position: int) -> dict[str, str]:
+        return self.beside[self.part[position]].labels[self.label[position]]
+
+
+class _Texts:
+    """Leaf lines by position. A part is fetched and unpacked when one of its rows is first wanted; a few stay in memory, which is enough
+    where leaves are cut in the order of files, and all lie in a temporary file where they are not."""
+
+    HELD = 3
+
+    def __init__(self, table: _Table, spill: BinaryIO | None) -> None:
+        self.table, self.spill, self.end = table, spill, 0
+        self.held: dict[int, bytes] = {}
+        self.spilled: dict[int, int] = {}
+        ends = np.cumsum(table.size)
+        first = np.concatenate([[0], ends])[table.starts[:-1]] if len(ends) else np.zeros(0, np.int64)
+        self.starts = ends - table.size - np.repeat(first, np.diff(table.starts))
+
+    def lines(self, positions: NDArray[np.int64]) -> bytes:
+        """The lines of these rows, in this order; runs of neighbours are taken at once."""
+        part = self.table.part[positions]
+        breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(part) != 0)) + 1
+        first, last = positions[np.concatenate([[0], breaks])], positions[np.concatenate([breaks - 1, [len(positions) - 1]])]
+        begin, end = self.starts[first], self.starts[last] + self.table.size[last]
+        numbers = self.table.part[first].tolist()
+        return b"".join(self._text(number, *span) for number, *span in zip(numbers, begin.tolist(), end.tolist(), strict=True))
+
+    def _text(self, number: int, begin: int, end: int) -> bytes:
+        if number in self.spilled and self.spill is not None:
+            return os.pread(self.spill.fileno(), end - begin, self.spilled[number] + begin)
+        if number not in self.held:
+            while len(self.held) >= self.HELD:
+                self.held.pop(next(iter(self.held)))
+            text = parts.text(self.table.store.get_bytes(self.table.parts[number][1].text.sha256))
+            if self.spill is None:
+                self.held[number] = text
+            else:
+                self.spill.write(text)
+                self.spill.flush()
+                self.spilled[number] = self.end
+                self.end += len(text)
+                return text[begin:end]
+        return self.held[number][begin:end]
 
 
 class _Tally:
@@ -181,10 +172,11 @@ class _Tally:
         self.counts: list[Counter[str]] = [Counter() for _ in sources]
         self.asides: list[tuple[int, int, Aside]] = []
         self.bad: list[Aside] = []
+        self.cleaned: Counter[str] = Counter()
 
     def aside(self, rank: int, number: int, aside: Aside) -> None:
         self.asides.append((number, aside.line, aside))
-        kind = {"duplicate": "duplicates", "contaminated": "contaminated"}.get(aside.reason, "quarantined")
+        kind = COUNTED.get(aside.reason, "quarantined")
         self.counts[rank][kind] += 1
         if kind == "quarantined":
             self.bad.append(aside)
@@ -193,121 +185,170 @@ class _Tally:
     def read(self) -> int:
         return sum(count["read"] for count in self.counts)
 
+    @property
+    def reasons(self) -> dict[str, int]:
+        return dict(sorted(Counter(aside.reason for _number, _line, aside in self.asides).items()))
 
-def _parse(
-    file: RawFile,
-    number: int,
-    rank: int,
-    stream: BinaryIO,
-    section: RecordsSection,
-    evaluated: Mapping[bytes, str],
-    parsed: _Parsed,
-    tally: _Tally,
-) -> None:
-    """Read one file to its end: good rows to `parsed`, the others to `tally`."""
-    source = section.sources[rank]
-    count = tally.counts[rank]
-    count["files"] += 1
-    with _Verified(stream, file) as verified:
-        for row in readers.read(file.path, file.format, cast(BinaryIO, verified), source, section.row_limit):
-            count["read"] += 1
-            if isinstance(row, readers.Bad):
-                tally.aside(rank, number, Aside(row.detail, file.path, row.line, row.reason))
+
+# ---- the global steps, over digests and places
+
+
+class _Kept:
+    """Which positions of the table stay. A copy that an augmentation made goes, uncounted, when its original does."""
+
+    def __init__(self, table: _Table, tally: _Tally) -> None:
+        self.table, self.tally = table, tally
+        self.mask = np.ones(len(table), bool)
+
+    def drop(self, position: int, reason: str, detail: str) -> None:
+        self.mask[position] = False
+        if self.table.by[position] == ORIGINAL:
+            number = self.table.file(position)
+            aside = Aside(detail, self.table.files[number].path, int(self.table.line[position]), reason)
+            self.tally.aside(self.table.rank(position), number, aside)
+
+    def originals(self) -> NDArray[np.int64]:
+        return np.flatnonzero(self.mask & (self.table.by == ORIGINAL))
+
+    def duplicates(self) -> None:
+        """Equal messages are kept once. An original wins over a copy."""
+        for group in _equal(self.table.record, np.flatnonzero(self.mask)):
+            group.sort(key=lambda at: (self.table.by[at] != ORIGINAL, self.table.rank(at), bytes(self.table.lines[at]), at))
+            for position in group[1:]:
+                self.drop(position, "duplicate", f"the same messages as {self.table.where(group[0])}")
+
+    def near_duplicates(self, section: RecordsSection) -> list[tuple[int, list[int]]]:
+        """Of each cluster one record stays; the clusters as (kept, dropped) positions."""
+        if (wanted := section.near_duplicates) is None:
+            return []
+        here = self.originals()
+        clusters = []
+        for cluster in near.clusters(self.table.signature[here], wanted):
+            first, *rest = sorted((int(here[at]) for at in cluster), key=lambda at: (self.table.rank(at), bytes(self.table.lines[at])))
+            clusters.append((first, rest))
+            for position in rest:
+                self.drop(position, "near_duplicate", f"nearly the same text as {self.table.where(first)}")
+        return clusters
+
+    def sample(self, sources: Sequence[Source]) -> None:
+        """Weights and quotas: those records stay whose keyed hash is lowest, so that others come and go without moving them."""
+        for rank, source in enumerate(sources):
+            if source.weight >= 1 and source.quota is None:
                 continue
-            record = record_of(row, section)
-            if item := contaminated(record, evaluated):
-                tally.aside(rank, number, Aside(f"the prompt is the evaluation item {item}", file.path, row.line, "contaminated"))
-                continue
-            parsed.add(number, row, record, side(record.id, section))
-        verified.finish()
+            here = self.originals()
+            drawn = [(_draw(self.table.record[at]), int(at)) for at in here[self.table.ranks(here) == rank]]
+            limit = threshold(source.weight)
+            for number, at in drawn:
+                if number >= limit:
+                    self.drop(at, "unsampled", f"outside the weight {source.weight} of the source")
+            left = [pair for pair in drawn if pair[0] < limit]
+            if source.quota is not None and len(left) > source.quota:
+                stay = {at for _number, at in heapq.nsmallest(source.quota, left)}
+                for _number, at in left:
+                    if at not in stay:
+                        self.drop(at, "unsampled", f"beyond the quota of {source.quota} records of the source")
+
+    def copies(self) -> None:
+        """Copies stand beside originals that stayed."""
+        parent = np.maximum.accumulate(np.where(self.table.by == ORIGINAL, np.arange(len(self.table)), 0))
+        self.mask &= self.mask[parent]
+
+    def positions(self) -> NDArray[np.int64]:
+        return np.flatnonzero(self.mask)
 
 
-# ---- the global steps, over digests and positions
+def _equal(digests: NDArray[np.uint8], positions: NDArray[np.int64]) -> Iterator[list[int]]:
+    """Groups of at least two positions with the same digest."""
+    heads = np.ascontiguousarray(digests[positions, :8]).view(">u8").reshape(-1)
+    order = np.argsort(heads, kind="stable")
+    ranked = heads[order]
+    edges = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1], [True]])) if len(ranked) else np.zeros(1, np.int64)
+    for start in np.flatnonzero(np.diff(edges) > 1).tolist():
+        groups: dict[bytes, list[int]] = {}
+        for at in positions[order[edges[start] : edges[start + 1]]].tolist():
+            groups.setdefault(bytes(digests[at]), []).append(at)
+        yield from (group for group in groups.values() if len(group) > 1)
 
 
-def _keep(parsed: _Parsed, ranks: list[int], files: list[RawFile], tally: _Tally) -> list[int]:
-    """Positions that stay when equal messages are kept once: the lowest (source rank, digest of the leaf line, position) of each."""
-    best: dict[bytes, int] = {}
-    losers: list[int] = []
-    for position, name in enumerate(parsed.ids):
-        held = best.setdefault(name, position)
-        if held != position:
-            wins = _precedes(parsed, ranks, position, held)
-            best[name] = position if wins else held
-            losers.append(held if wins else position)
-    for position in losers:
-        winner = best[parsed.ids[position]]
-        number = parsed.file[position]
-        where = f"{files[parsed.file[winner]].path}:{parsed.line[winner]}"
-        tally.aside(ranks[number], number, Aside(f"the same messages as {where}", files[number].path, parsed.line[position], "duplicate"))
-    lost = set(losers)
-    return [position for position in range(len(parsed)) if position not in lost]
+def _draw(record: NDArray[np.uint8]) -> int:
+    return int.from_bytes(hashlib.sha256(b"sample|" + bytes(record)).digest()[:8], "big")
 
 
-def _precedes(parsed: _Parsed, ranks: list[int], position: int, held: int) -> bool:
-    mine, other = ranks[parsed.file[position]], ranks[parsed.file[held]]
-    if mine != other:
-        return mine < other
-    line, kept = parsed.data(position), parsed.data(held)
-    return line != kept and sha256(line) < sha256(kept)
+# ---- leaves and indices
 
 
-def _cut(parsed: _Parsed, kept: list[int], order: str, target: int, store: BlobStore) -> tuple[list[RecordLeaf], int]:
-    """Leaves of each split, stored unless the store holds them; also how many it held."""
+def _cut(
+    table: _Table, kept: NDArray[np.int64], section: RecordsSection, known: dict[str, RecordLeaf], store: BlobStore, texts: _Texts
+) -> tuple[list[RecordLeaf], int]:
+    """Leaves of each split, and how many were there before. The text of a known leaf is not fetched."""
     leaves: list[RecordLeaf] = []
-    known = 0
+    wanted: list[tuple[int, NDArray[np.int64]]] = []
+    reused = 0
     for number, split in enumerate(SPLITS):
-        here = [position for position in kept if parsed.sides[position] == number]
-        if order == "key_hash":
-            here.sort(key=lambda position: _order_key(parsed, position))
-        starts, ends = [0], boundaries([parsed.ids[position] for position in here], target)
-        starts += ends[:-1]
-        cuts = list(zip(starts, ends, strict=False))
-        for first in range(0, len(cuts), BATCH):
-            items = [b"".join(parsed.data(position) for position in here[start:end]) for start, end in cuts[first : first + BATCH]]
-            blobs, new = _put(store, items)
-            known += len(items) - new
-            leaves += [RecordLeaf(split, blob, end - start) for blob, (start, end) in zip(blobs, cuts[first : first + BATCH], strict=True)]
-    return leaves, known
+        here = kept[table.side[kept] == number]
+        if section.order == "key_hash":
+            here = here[np.lexsort([*_words(table.record[here]), *_words(table.key[here])])]
+        ends = boundaries(table.record[here], section.target)
+        for start, end in pairwise([0, *ends]):
+            positions = here[start:end]
+            lines = sha256(table.lines[positions].tobytes())
+            if lines in known:
+                reused += 1
+            else:
+                wanted.append((len(leaves), positions))
+            blob = known[lines].blob if lines in known else Blob("0" * 64, 0)
+            leaves.append(RecordLeaf(split, blob, len(positions), lines))
+    # In the order of files whatever the split, so that each part is fetched about once.
+    wanted.sort(key=lambda item: int(item[1][0]))
+    for first in range(0, len(wanted), BATCH):
+        batch = wanted[first : first + BATCH]
+        items = [texts.lines(positions) for _number, positions in batch]
+        blobs = [Blob(sha256(item), len(item)) for item in items]
+        missing = store.missing({blob.sha256 for blob in blobs})
+        store.put_many([item for item, blob in zip(items, blobs, strict=True) if blob.sha256 in missing])
+        reused += len(blobs) - len(missing)
+        for (number, _positions), blob in zip(batch, blobs, strict=True):
+            leaves[number] = msgspec.structs.replace(leaves[number], blob=blob)
+    return leaves, reused
 
 
-def _order_key(parsed: _Parsed, position: int) -> tuple[bytes, bytes]:
-    key = msgspec.json.decode(parsed.data(position), type=dict[str, Any])["key"]
-    name = parsed.ids[position]
-    return hashlib.sha256(name if key is None else key.encode()).digest(), name
+def _words(digests: NDArray[np.uint8]) -> list[NDArray[np.uint64]]:
+    """Digests as four numbers each, the last significant first, as lexsort takes its keys."""
+    words = np.ascontiguousarray(digests).view(">u8").astype(np.uint64)
+    return [words[:, at] for at in (3, 2, 1, 0)]
 
 
-def _put(store: BlobStore, items: list[bytes]) -> tuple[list[Blob], int]:
-    """The items as blobs, and how many had to be stored."""
-    blobs = [Blob(sha256(item), len(item)) for item in items]
-    missing = store.missing({blob.sha256 for blob in blobs})
-    store.put_many([item for item, blob in zip(items, blobs, strict=True) if blob.sha256 in missing])
-    return blobs, len(missing)
+def _index(table: _Table, kept: NDArray[np.int64], store: BlobStore) -> dict[str, Blob]:
+    index: dict[str, Blob] = {}
+    for number, file in enumerate(table.files):
+        here = kept[slice(*np.searchsorted(kept, table.rows_of(number)))]
+        places = np.zeros(len(here), PLACE)
+        for name, column in (
+            ("id", table.record),
+            ("length", table.length),
+            ("line", table.line),
+            ("offset", table.offset),
+            ("by", table.by),
+        ):
+            places[name] = column[here]
+        index[file.path] = store.put_bytes(places.tobytes())
+    return index
 
 
-def _index(parsed: _Parsed, kept: list[int], files: list[RawFile], store: BlobStore) -> dict[str, Blob]:
-    lines: list[list[bytes]] = [[] for _ in files]
-    for position in kept:
-        place = Place(parsed.ids[position].hex(), parsed.length[position], parsed.line[position], parsed.offset[position])
-        lines[parsed.file[position]].append(msgspec.json.encode(place))
-    blobs, _new = _put(store, [b"".join(line + b"\n" for line in rows) for rows in lines])
-    return {file.path: blob for file, blob in zip(files, blobs, strict=True)}
-
-
-def _slices(parsed: _Parsed, kept: list[int], files: list[RawFile]) -> dict[str, Counter[str]]:
+def _slices(table: _Table, kept: NDArray[np.int64]) -> dict[str, dict[str, int]]:
     """Kept records by slice label and value. Raises DataError for a label that has a value for nearly every record."""
-    names = list(parsed.labels)
     counts: dict[str, Counter[str]] = {}
-    for number, count in Counter(parsed.label[position] for position in kept).items():
-        for label, value in names[number]:
-            counts.setdefault(label, Counter())[value] += count
+    pairs, numbers = np.unique(np.stack([table.part[kept], table.label[kept]]), axis=1, return_counts=True)
+    for (part, label), count in zip(pairs.T.tolist(), numbers.tolist(), strict=True):
+        for name, value in table.beside[part].labels[label].items():
+            counts.setdefault(name, Counter())[value] += count
     if wide := sorted(label for label, values in counts.items() if len(values) > SLICE_VALUES):
-        where = next(files[parsed.file[position]].path for position in kept if wide[0] in dict(names[parsed.label[position]]))
+        where = next(table.files[table.file(at)].path for at in kept.tolist() if wide[0] in table.labels(at))
         raise DataError(
             f"{where}: slice label {wide[0]!r} has {len(counts[wide[0]])} values, more than {SLICE_VALUES}; "
             "map a field with few values in records.sources[].slices (an id belongs in fields.id)"
         )
-    return counts
+    return {label: dict(sorted(values.items())) for label, values in sorted(counts.items())}
 
 
 def _limit(tally: _Tally, section: RecordsSection) -> None:
@@ -334,74 +375,179 @@ def build(
     store: BlobStore,
     progress: Progress | None = None,
     *,
-    order: str = "path",
-    target: int = 256,
+    previous: tuple[Records, RecordsObserved] | None = None,
+    workers: Workers | None = None,
 ) -> tuple[Records, RecordsObserved]:
-    """Records of the snapshot. `prompts`: the eval suites' JSONL (`prompt_index`). `order`, `target`: how leaves are cut.
+    """Records of the snapshot. `prompts`: the eval suites' JSONL (`contamination.py`).
 
-    Every row that is read is kept, quarantined, a duplicate or contaminated; all but the kept are in the quarantine blob.
+    `previous`: records made under the same section by the same code; files that it parsed from the same bytes are not parsed again, and
+    leaves that it has are not written again. `workers`: where files are parsed; `open_raw` must pickle unless that is this process.
+    Every row that is read is kept or in the quarantine blob with its reason.
     Raises SourceError for a file that cannot be read, QuarantineError for too many bad rows, DataError when nothing is left.
     """
     started = time.monotonic()
     files = list(snapshot.files_listed)
     ranks = [section.sources.index(readers.checked(readers.source_for(file.path, section.sources))) for file in files]
-    evaluated = prompt_index(prompts) if section.contamination == "exact" else {}
+    task = Parse(section, Evaluated.build(prompts, section), open_raw, store)
+    parsed, known_files = _parsed(files, task, previous, workers or Serial(), progress)
+    table = _Table(files, ranks, parsed, store)
     tally = _Tally(section.sources)
-    with tempfile.TemporaryFile(buffering=1 << 20) as spill:
-        parsed = _Parsed(cast(BinaryIO, spill))
-        done = 0
-        for number, (file, rank) in enumerate(zip(files, ranks, strict=True)):
-            _parse(file, number, rank, open_raw(file), section, evaluated, parsed, tally)
-            done += file.size
-            if progress:
-                progress("bytes read", done, snapshot.size)
-        spill.flush()
-        _limit(tally, section)
-        kept = _keep(parsed, ranks, files, tally) if section.duplicates == "drop" else list(range(len(parsed)))
-        if not kept:
-            raise DataError(f"no records are left of {tally.read} rows: {_reasons(tally)}; see records.sources and the raw files")
-        for position in kept:
-            tally.counts[ranks[parsed.file[position]]]["kept"] += 1
-        slices = _slices(parsed, kept, files)
-        leaves, known = _cut(parsed, kept, order, target, store)
-        index = _index(parsed, kept, files, store)
-    result = _document(tally, slices, leaves, index, store)
+    _told(table, ranks, tally)
+    _limit(tally, section)
+    kept = _Kept(table, tally)
+    if section.duplicates == "drop":
+        kept.duplicates()
+    clusters = kept.near_duplicates(section)
+    kept.sample(section.sources)
+    kept.copies()
+    positions = kept.positions()
+    if not len(positions):
+        raise DataError(f"no records are left of {tally.read} rows: {tally.reasons}; see records.sources and the raw files")
+    original = table.by[positions] == ORIGINAL
+    for rank, count in enumerate(tally.counts):
+        here = table.ranks(positions) == rank
+        count.update(kept=int((here & original).sum()), augmented=int((here & ~original).sum()))
+    known = _known_leaves(previous, store)
+    with tempfile.TemporaryFile() if section.order == "key_hash" else nullcontext() as spill:
+        leaves, reused = _cut(table, positions, section, known, store, _Texts(table, cast(BinaryIO | None, spill)))
+    result = _document(table, tally, positions, clusters, leaves, store)
+    since = _since(previous, result, parsed, files, store)
     seconds = time.monotonic() - started
-    observed = RecordsObserved(seconds, snapshot.size / 1e6 / seconds, known, len(leaves) - known)
+    observed = RecordsObserved(
+        seconds=seconds,
+        megabytes_per_second=snapshot.size / 1e6 / seconds,
+        leaves_known=reused,
+        leaves_new=len(leaves) - reused,
+        files_parsed=len(files) - known_files,
+        files_known=known_files,
+        parsed={file.path: held for file, held in zip(files, parsed, strict=True)},
+        since=since,
+    )
     return result, observed
 
 
-def _reasons(tally: _Tally) -> dict[str, int]:
-    return dict(sorted(Counter(aside.reason for _number, _line, aside in tally.asides).items()))
+def _parsed(
+    files: list[RawFile], task: Parse, previous: tuple[Records, RecordsObserved] | None, workers: Workers, progress: Progress | None
+) -> tuple[list[ParsedFile], int]:
+    """Every file's parts, and how many files the previous records had parsed already."""
+    before = previous[1].parsed if previous else {}
+    known = {path: file for path, file in before.items() if file.parts}
+    lost = task.store.missing({blob.sha256 for file in known.values() for part in file.parts for blob in (part.columns, part.text)})
+    found: list[ParsedFile | None] = []
+    for file in files:
+        held = known.get(file.path)
+        whole = held is not None and held.made_from == task.made_from(file)
+        whole = whole and not any(blob.sha256 in lost for part in held.parts for blob in (part.columns, part.text))  # type: ignore[union-attr]
+        found.append(held if whole else None)
+    todo = [number for number, held in enumerate(found) if held is None]
+    done = total = sum(file.size for file in files)
+    done -= sum(files[number].size for number in todo)
+    for number, made in zip(todo, workers.map(task, [files[number] for number in todo]), strict=True):
+        found[number] = made
+        done += files[number].size
+        if progress:
+            progress("bytes read", done, total)
+    return cast(list[ParsedFile], found), len(files) - len(todo)
+
+
+def _told(table: _Table, ranks: list[int], tally: _Tally) -> None:
+    """What the parts say of the rows that they hold no record of."""
+    for rank in ranks:
+        tally.counts[rank]["files"] += 1
+    for (number, _part), beside in zip(table.parts, table.beside, strict=True):
+        tally.counts[ranks[number]]["read"] += beside.read
+        tally.cleaned.update(beside.cleaned)
+        for row in beside.set_aside:
+            tally.aside(ranks[number], number, Aside(row.detail, table.files[number].path, row.line, row.reason))
+
+
+def _since(
+    previous: tuple[Records, RecordsObserved] | None, now: Records, parsed: list[ParsedFile], files: list[RawFile], store: BlobStore
+) -> Since | None:
+    if previous is None:
+        return None
+    moved = diff.records(previous[0], now, store)
+    before = {path: file.made_from for path, file in previous[1].parsed.items()}
+    after = {file.path: held.made_from for file, held in zip(files, parsed, strict=True)}
+    changed = sum(before[path] != after[path] for path in before.keys() & after.keys())
+    return Since(
+        files=(len(after.keys() - before.keys()), len(before.keys() - after.keys()), changed),
+        leaves=(moved.leaves_added, moved.leaves_removed),
+        records=(len(moved.records.added), len(moved.records.removed), len(moved.records.changed)),
+        slices=moved.slices,
+    )
+
+
+def _known_leaves(previous: tuple[Records, RecordsObserved] | None, store: BlobStore) -> dict[str, RecordLeaf]:
+    """Leaves of the previous records that the store still holds, by their lines."""
+    if previous is None:
+        return {}
+    leaves = previous[0].leaves
+    lost = store.missing({leaf.blob.sha256 for leaf in leaves})
+    return {leaf.lines: leaf for leaf in leaves if leaf.blob.sha256 not in lost}
 
 
 def _document(
-    tally: _Tally, slices: dict[str, Counter[str]], leaves: list[RecordLeaf], index: dict[str, Blob], store: BlobStore
+    table: _Table,
+    tally: _Tally,
+    kept: NDArray[np.int64],
+    clusters: list[tuple[int, list[int]]],
+    leaves: list[RecordLeaf],
+    store: BlobStore,
 ) -> Records:
-    asides = sorted(tally.asides, key=lambda item: item[:2])
-    quarantine = store.put_bytes(b"".join(msgspec.json.encode(aside) + b"\n" for _number, _line, aside in asides))
-    sources = tuple(
-        SourceCount(
-            source.match, source.license, *(count[name] for name in ("files", "read", "kept", "quarantined", "duplicates", "contaminated"))
-        )
-        for source, count in zip(tally.sources, tally.counts, strict=True)
+    asides = sorted(tally.asides, key=lambda item: (item[0], item[1], item[2].reason))
+    flags = list(_flags(table, kept))
+    grouped = [
+        {"kept": table.record[first].tobytes().hex(), "dropped": [table.record[at].tobytes().hex() for at in rest]}
+        for first, rest in clusters
+    ]
+    grouped.sort(key=lambda cluster: cast(str, cluster["kept"]))
+    quarantine, flagged, near_blob = store.put_many(
+        [
+            b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+            for lines in ([aside for _number, _line, aside in asides], flags, grouped)
+        ]
     )
     return Records(
-        sources=sources,
-        reasons=_reasons(tally),
+        sources=tuple(_count(source, count) for source, count in zip(tally.sources, tally.counts, strict=True)),
+        reasons=tally.reasons,
+        cleaned=dict(sorted(tally.cleaned.items())),
+        sensitive=dict(sorted(Counter(kind for flag in flags for kind in flag.kinds).items())),
         leaves=tuple(leaves),
-        index=index,
+        index=_index(table, kept, store),
         quarantine=quarantine,
+        flagged=flagged,
+        clusters=near_blob,
         splits={split: sum(leaf.records for leaf in leaves if leaf.split == split) for split in SPLITS},
-        slices={label: dict(sorted(values.items())) for label, values in sorted(slices.items())},
+        slices=_slices(table, kept),
     )
+
+
+def _count(source: Source, count: Counter[str]) -> SourceCount:
+    fields = (
+        "files",
+        "read",
+        "kept",
+        "quarantined",
+        "duplicates",
+        "near_duplicates",
+        "contaminated",
+        "sensitive",
+        "unsampled",
+        "augmented",
+    )
+    return SourceCount(match=source.match, license=source.license, date=source.date, **{name: count[name] for name in fields})
+
+
+def _flags(table: _Table, kept: NDArray[np.int64]) -> Iterator[_Flag]:
+    """Kept records with findings, in canonical order."""
+    stays = set(kept.tolist()) if any(beside.flagged for beside in table.beside) else set()
+    for start, beside in zip(table.starts.tolist(), table.beside, strict=False):
+        for at, kinds in sorted(beside.flagged.items()):
+            if start + at in stays:
+                yield _Flag(table.record[start + at].tobytes().hex(), dict(sorted(kinds.items())))
 
 
 def asides(store: BlobStore, records: Records) -> Iterator[Aside]:
     """The quarantine of `records`: every row that was set aside, in the order of files and lines."""
     return (msgspec.json.decode(line, type=Aside) for line in store.get_bytes(records.quarantine.sha256).split(b"\n") if line)
-
-
-def places(store: BlobStore, records: Records, path: str) -> Iterator[Place]:
-    """Where the records of one raw file came from, in the order of the file."""
-    return (msgspec.json.decode(line, type=Place) for line in store.get_bytes(records.index[path].sha256).split(b"\n") if line)

@@ -11,7 +11,9 @@ from typing import BinaryIO
 import msgspec
 
 from repro_assets.data import Progress, leaves, readers
-from repro_assets.data import records as intake
+from repro_assets.data import records as index
+from repro_assets.data.lines import Record
+from repro_assets.data.parts import Intake
 from repro_assets.data.tokenizing import Codec
 from repro_assets.documents import RawFile, RawSnapshot, Records, Reproduction
 from repro_assets.recipe import RecordsSection, ShardingSection
@@ -51,30 +53,35 @@ def reproduce(
     """
     waiting = set(drawn)
     total, equal = len(waiting), 0
+    intake = Intake(cleaning)
     differences: list[Difference] = []
     for file in snapshot.files_listed:
         if not waiting or file.path not in records.index:
             continue
-        places = [place for place in intake.places(store, records, file.path) if place.id in waiting]
-        wanted = {place.line: place.id for place in places}
         # With duplicates kept, a record has several places: the first one is enough.
-        first = {name: line for line, name in sorted(wanted.items(), reverse=True)}
-        chosen = [(place.line, place.offset, place.length) for place in places if first[place.id] == place.line]
-        if not chosen:
+        wanted: dict[str, index.Place] = {}
+        for place in index.places(store, records, file.path):
+            if place.id in waiting:
+                wanted.setdefault(place.id, place)
+        if not wanted:
             continue
         source = readers.source_for(file.path, cleaning.sources)
+        at_line: dict[int, list[index.Place]] = {}
+        for place in wanted.values():
+            at_line.setdefault(place.line, []).append(place)
+        chosen = [(here[0].line, here[0].offset, here[0].length) for here in at_line.values()]
         rebuilt = []
         for row in readers.again(file.path, file.format, lambda file=file: open_raw(file), source, chosen):  # type: ignore[misc]
-            name, where = wanted[row.line], f"{file.path}:{row.line}"
-            waiting.discard(name)
-            if isinstance(row, readers.Bad):
-                differences.append(Difference(name, where, f"the row is bad now: {row.reason}: {row.detail}"))
-                continue
-            record = intake.record_of(row, cleaning)
-            if record.id != name:
-                differences.append(Difference(name, where, f"the row is record {record.id} now"))
-            else:
-                rebuilt.append((where, record))
+            for place in at_line[row.line]:
+                waiting.discard(place.id)
+                where = f"{file.path}:{row.line}"
+                found = _rebuilt(row, place.by, intake)
+                if isinstance(found, str):
+                    differences.append(Difference(place.id, where, found))
+                elif found.id != place.id:
+                    differences.append(Difference(place.id, where, f"the row is record {found.id} now"))
+                else:
+                    rebuilt.append((where, found))
         tokens = codec.tokens([record for _where, record in rebuilt], sharding.max_tokens, sharding.train_on)
         for (where, record), now in zip(rebuilt, tokens, strict=True):
             if leaves.token_digest(now.ids, now.spans) == expected[record.id]:
@@ -87,3 +94,13 @@ def reproduce(
     differences.sort(key=lambda difference: difference.record)
     named = tuple(f"{difference.record} ({difference.where or 'raw'}): {difference.what}" for difference in differences[:NAMED])
     return Reproduction(drawn=total, equal=equal, differing=named), differences
+
+
+def _rebuilt(row: readers.Row | readers.Bad, by: int, intake: Intake) -> Record | str:
+    """The record of the row, or of its augmentation `by`, or why there is none."""
+    if isinstance(row, readers.Bad):
+        return f"the row is bad now: {row.reason}: {row.detail}"
+    try:
+        return intake.record(row, by)
+    except readers.Unfit as unfit:
+        return f"the row is no record now: {unfit}"

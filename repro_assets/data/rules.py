@@ -3,95 +3,17 @@
 A module of its own because pandera takes a second to import: `validation.py` imports it when it works, never before.
 """
 
-from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import pandera.polars as pa
 import polars as pl
 
-from repro_assets.data.judged import FAIL, PASS, SHOWN, WARN, Judged
-from repro_assets.data.leaves import Leaf
-from repro_assets.documents import Records, Shards, TokenLeaf
-from repro_assets.recipe import Recipe
+from repro_assets.data.frame import COLUMNS, label_column
+from repro_assets.data.judged import FAIL, PASS, RECORDS, SHOWN, TOTALS, WARN, Judged
+from repro_assets.documents import Records, Shards
+from repro_assets.recipe import Range, Recipe
 
-COLUMNS = {
-    "record": pl.String,
-    "split": pl.String,
-    "tokens": pl.UInt32,
-    "trained": pl.UInt32,
-    "cut": pl.UInt32,
-    "highest": pl.UInt32,
-    "spans_apart": pl.Boolean,
-    "turns": pl.UInt32,
-    "turns_ended": pl.UInt32,
-}
-
-
-# ---- the frame
-
-
-def table(entries: list[tuple[TokenLeaf, Leaf]], control_ids: Iterable[int]) -> tuple[pl.DataFrame, dict[str, bytes]]:
-    """One row a record in the order of the leaves (COLUMNS), and each record's token digest.
-
-    `highest`: largest id. `spans_apart`: spans in order, apart, inside the record. `turns`: trained spans that were not cut off,
-    `turns_ended`: those of them whose last token is a control token, which is how a turn ends.
-    """
-    rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-    expected: dict[str, bytes] = {}
-    controls = np.array(sorted(control_ids), dtype=np.uint32)
-    for entry, leaf in entries:
-        names = leaf.records
-        expected.update(zip(names, (bytes(row) for row in leaf.token), strict=True))
-        rows["record"] += names
-        rows["split"] += [entry.split] * len(leaf)
-        rows["tokens"] += leaf.lengths.tolist()
-        rows["trained"] += leaf.trained.clip(0).tolist()
-        rows["cut"] += leaf.cut.tolist()
-        for ids, spans, cut in zip(leaf.ids, leaf.spans, leaf.cut.tolist(), strict=True):
-            flat = spans.reshape(-1).astype(np.int64)
-            apart = bool(len(flat)) and bool((np.diff(flat)[::2] > 0).all() and (np.diff(flat)[1::2] >= 0).all() and flat[-1] <= len(ids))
-            whole = [end for _start, end in spans.tolist() if not (cut and end >= len(ids))] if apart else []
-            rows["highest"].append(int(ids.max()) if len(ids) else 0)
-            rows["spans_apart"].append(apart or not len(flat))
-            rows["turns"].append(len(whole))
-            rows["turns_ended"].append(int(np.isin(ids[np.array(whole, dtype=np.int64) - 1], controls).sum()) if whole else 0)
-    return pl.DataFrame(rows, schema=COLUMNS), expected
-
-
-# ---- rules on records
-
-
-def schema(recipe: Recipe, vocabulary: int) -> pa.DataFrameSchema:
-    """Every rule that one row, or the ids of all rows, can break."""
-    longest, shortest = recipe.sharding.max_tokens, recipe.validation.min_tokens
-
-    def whole(name: str, expression: pl.Expr) -> pa.Check:
-        return pa.Check(lambda data: data.lazyframe.select(expression), name=name)
-
-    return pa.DataFrameSchema(
-        {
-            "record": pa.Column(pl.String, pa.Check.str_matches("^[0-9a-f]{64}$", name="schema")),
-            "split": pa.Column(pl.String, pa.Check.isin(["train", "validation"], name="schema")),
-            "tokens": pa.Column(pl.UInt32, pa.Check.in_range(shortest, longest, name="length_range")),
-            "trained": pa.Column(pl.UInt32, pa.Check.ge(1, name="loss_mask")),
-            "cut": pa.Column(pl.UInt32),
-            "highest": pa.Column(pl.UInt32, pa.Check.lt(vocabulary, name="token_ids")),
-            "spans_apart": pa.Column(pl.Boolean, pa.Check.eq(True, name="loss_spans")),
-            "turns": pa.Column(pl.UInt32),
-            "turns_ended": pa.Column(pl.UInt32),
-        },
-        checks=[
-            whole("unique_ids", pl.col("record").is_duplicated().not_()),
-            whole("end_of_turn", pl.col("turns") == pl.col("turns_ended")),
-            whole("untrained_prompt", pl.col("trained") < pl.col("tokens")),
-        ],
-        strict=True,
-    )
-
-
-#: rule on records -> what its limit means
+#: rule on records -> what holds when it passes
 RECORD_RULES = {
     "schema": "columns, types, no nulls, ids and splits as documented",
     "unique_ids": "no record twice, in one split or both",
@@ -101,34 +23,129 @@ RECORD_RULES = {
     "token_ids": "ids inside the model's vocabulary",
     "end_of_turn": "every trained turn that was not cut ends with a control token, and the mask includes it",
     "untrained_prompt": "something that is not trained comes before what is",
+    "texts": "the record leaf that the token leaf names holds the record's text",
+    "blank_turns": "no turn is empty or white space",
+    "roles": "the chat template takes the roles in this order",
+    "template": "the tokens begin and end as the chat template writes them",
 }
+#: a bad record in these is worth a look and no reason to stop
+LENIENT = frozenset({"blank_turns"})
 
 
-def judge_records(frame: pl.DataFrame, recipe: Recipe, vocabulary: int, judged: Judged) -> None:
-    """One rule each of RECORD_RULES; effect is the number of records that fail, limit 0."""
+# ---- the schema
+
+
+def rule_names(recipe: Recipe) -> dict[str, str]:
+    """Every rule on records under this recipe, and what holds when it passes."""
+    limits = recipe.validation
+    ranges = {f"range {column}": f"{column} {_said(bounds)}" for column, bounds in sorted(limits.ranges.items())}
+    slices = {
+        label_column(label): f"every record has the label {label}" + (f": {', '.join(values[:10])}" if values else "")
+        for label, values in sorted(limits.slices.items())
+    }
+    return {**RECORD_RULES, **ranges, **slices}
+
+
+def _said(bounds: Range) -> str:
+    return " and ".join(
+        text
+        for text in (
+            f"at least {bounds.min}" if bounds.min is not None else "",
+            f"at most {bounds.max}" if bounds.max is not None else "",
+        )
+        if text
+    )
+
+
+def schema(recipe: Recipe, vocabulary: int, labels: tuple[str, ...] = (), refused_roles: tuple[str, ...] = ()) -> pa.DataFrameSchema:
+    """Every rule that one row, or the ids of all rows, can break. `labels`: slice labels that the frame has a column for.
+
+    `refused_roles`: sequences of roles that the chat template does not take.
+    """
+    longest, shortest = recipe.sharding.max_tokens, recipe.validation.min_tokens
+
+    def whole(name: str, expression: pl.Expr) -> pa.Check:
+        return pa.Check(lambda data: data.lazyframe.select(expression.fill_null(True)), name=name)
+
+    columns: dict[str, list[pa.Check]] = {name: [] for name in COLUMNS}
+    columns["record"].append(pa.Check.str_matches("^[0-9a-f]{64}$", name="schema"))
+    columns["split"].append(pa.Check.isin(["train", "validation"], name="schema"))
+    columns["tokens"].append(pa.Check.in_range(shortest, longest, name="length_range"))
+    columns["trained"].append(pa.Check.ge(1, name="loss_mask"))
+    columns["highest"].append(pa.Check.lt(vocabulary, name="token_ids"))
+    columns["spans_apart"].append(pa.Check.eq(True, name="loss_spans"))
+    checks = [
+        whole("unique_ids", pl.col("record").is_duplicated().not_()),
+        whole("end_of_turn", pl.col("answers") == pl.col("answers_ended")),
+        whole("untrained_prompt", pl.col("trained") < pl.col("tokens")),
+        whole("texts", pl.col("roles").is_not_null()),
+        whole("blank_turns", pl.col("blank_turns") == 0),
+        whole("roles", pl.col("roles").is_in(list(refused_roles)).not_()),
+        whole("template", pl.col("framed")),
+    ]
+    for column, bounds in recipe.validation.ranges.items():
+        low = pl.lit(True) if bounds.min is None else pl.col(column) >= bounds.min
+        high = pl.lit(True) if bounds.max is None else pl.col(column) <= bounds.max
+        checks.append(whole(f"range {column}", low & high))
+    for label, values in recipe.validation.slices.items():
+        name = label_column(label)
+        there = pl.col(name).is_not_null()
+        checks.append(whole(name, there & pl.col(name).is_in(list(values)) if values else there))
+    unknown = {"characters", "turns", "longest_turn", "blank_turns", "roles", "framed"}
+    return pa.DataFrameSchema(
+        {
+            **{name: pa.Column(COLUMNS[name], list_, nullable=name in unknown) for name, list_ in columns.items()},
+            **{label_column(label): pa.Column(pl.String, nullable=True) for label in labels},
+        },
+        checks=checks,
+        strict=True,
+    )
+
+
+def judge_records(
+    frame: pl.DataFrame, recipe: Recipe, vocabulary: int, judged: Judged, refused_roles: dict[str, str] | None = None
+) -> None:
+    """One rule each of `rule_names`; effect is the number of records that fail, limit the number that may.
+
+    `refused_roles`: sequence of roles to the reason why the chat template does not take it.
+    """
     if not isinstance(frame, pl.DataFrame):
         raise TypeError(
             f"rules on records need a collected polars DataFrame, not {type(frame).__name__}: pandera skips data checks on a LazyFrame"
         )
+    refused = refused_roles or {}
+    named = rule_names(recipe)
+    labels = tuple(name.removeprefix("slice ") for name in frame.columns if name.startswith("slice "))
     broken: dict[str, set[int]] = {}
     said: dict[str, str] = {}
     try:
-        schema(recipe, vocabulary).validate(frame, lazy=True)
+        schema(recipe, vocabulary, labels, tuple(refused)).validate(frame, lazy=True)
     except pa.errors.SchemaErrors as errors:
         for error in errors.schema_errors:
             name = getattr(error.check, "name", None)
-            rule = name if name in RECORD_RULES and error.reason_code == pa.errors.SchemaErrorReason.DATAFRAME_CHECK else "schema"
+            rule = name if name in named and error.reason_code == pa.errors.SchemaErrorReason.DATAFRAME_CHECK else "schema"
             broken.setdefault(rule, set()).update(_failing(error, frame))
             if rule == "schema":
                 said.setdefault("schema", f"{error.schema.name or 'frame'}: {error.reason_code.name.lower()}")
-    for rule, meaning in RECORD_RULES.items():
+    if "roles" in broken:
+        said["roles"] = "; ".join(f"{roles}: {why}" for roles, why in list(refused.items())[:3])
+    for rule, meaning in named.items():
         rows = sorted(broken.get(rule, ()))
-        failed = rule in broken
-        allowed = rule == "unique_ids" and recipe.records.duplicates == "keep"
-        detail = f"{said.get(rule) or f'{len(rows)} of {frame.height} records fail'}: {meaning}" if failed else meaning
-        judged.add(rule, (WARN if allowed else FAIL) if failed else PASS, len(rows), 0, detail)
+        allowed = _allowed(rule, recipe, frame.height)
+        verdict = PASS if rule not in broken else WARN if len(rows) <= allowed or _lenient(rule, recipe) else FAIL
+        detail = f"{said.get(rule) or f'{len(rows)} of {frame.height} records fail'}: {meaning}" if rule in broken else meaning
+        judged.add(RECORDS, rule, verdict, len(rows), allowed, detail)
         if rows and "record" in frame.columns:
             judged.failing[rule] = [str(name) for name in frame["record"].gather(rows[:SHOWN])]
+
+
+def _allowed(rule: str, recipe: Recipe, height: int) -> int:
+    bounds = recipe.validation.ranges.get(rule.removeprefix("range ")) if rule.startswith("range ") else None
+    return int(bounds.allowed * height) if bounds else 0
+
+
+def _lenient(rule: str, recipe: Recipe) -> bool:
+    return rule in LENIENT or (rule == "unique_ids" and recipe.records.duplicates == "keep")
 
 
 def _failing(error: Any, frame: pl.DataFrame) -> list[int]:
@@ -144,16 +161,10 @@ def _failing(error: Any, frame: pl.DataFrame) -> list[int]:
 # ---- rules on totals
 
 
-def judge_totals(
-    frame: pl.DataFrame, entries: list[tuple[TokenLeaf, Leaf]], records: Records, shards: Shards, recipe: Recipe, judged: Judged
-) -> None:
+def judge_totals(frame: pl.DataFrame, torn: list[str], records: Records, shards: Shards, recipe: Recipe, judged: Judged) -> None:
     """Rules on sums: what the documents say against what the leaves hold, and the recipe's limits on shares."""
     limits = recipe.validation
-    wrong = [
-        f"leaf {entry.sha256[:12]}"
-        for entry, leaf in entries
-        if (entry.records, entry.tokens, entry.trained) != (len(leaf), len(leaf.flat_ids), int(leaf.trained.sum()))
-    ]
+    wrong = list(torn)
     for split in ("train", "validation"):
         part = frame.filter(pl.col("split") == split)
         found = (part.height, int(part["tokens"].sum()), int(part["trained"].sum()))
@@ -161,36 +172,20 @@ def judge_totals(
             wrong.append(f"split {split}: {found} records, tokens, trained")
     if sum(records.splits.values()) != frame.height + shards.untrained_records:
         wrong.append(f"{sum(records.splits.values())} records, but {frame.height} tokenised and {shards.untrained_records} untrained")
-    judged.add("totals", FAIL if wrong else PASS, len(wrong), 0, "; ".join(wrong[:5]) or "leaves hold what the documents say")
+    judged.add(TOTALS, "totals", FAIL if wrong else PASS, len(wrong), 0, "; ".join(wrong[:5]) or "leaves hold what the documents say")
 
     train = shards.records.get("train", 0)
-    judged.add("min_records", FAIL if train < limits.min_records else PASS, train, limits.min_records, f"{train} records to train on")
+    judged.add(
+        TOTALS, "min_records", FAIL if train < limits.min_records else PASS, train, limits.min_records, f"{train} records to train on"
+    )
     tokens, trained = int(frame["tokens"].sum()), int(frame["trained"].sum())
     share = trained / tokens if tokens else 0.0
-    judged.add(
-        "trained_share",
-        FAIL if share < limits.min_trained else PASS,
-        share,
-        limits.min_trained,
-        f"{trained} of {tokens} tokens are trained",
-    )
+    detail = f"{trained} of {tokens} tokens are trained"
+    judged.add(TOTALS, "trained_share", FAIL if share < limits.min_trained else PASS, share, limits.min_trained, detail)
     cut = int(frame["cut"].sum())
     share = cut / (tokens + cut) if tokens + cut else 0.0
     detail = f"{cut} tokens of {shards.truncated_records} records are cut off at sharding.max_tokens"
-    judged.add("truncation", FAIL if share > limits.max_truncated else PASS, share, limits.max_truncated, detail)
+    judged.add(TOTALS, "truncation", FAIL if share > limits.max_truncated else PASS, share, limits.max_truncated, detail)
     lost = shards.untrained_records
-    judged.add("untrained_records", WARN if lost else PASS, lost, 0, f"{lost} records have no trained token and are left out")
-
-
-# ---- the report
-
-
-def histograms(frame: pl.DataFrame) -> dict[str, dict[str, int]]:
-    """Records by tenth of trained tokens (lower edge in percent) and by trained turns, for the report and its pictures."""
-    shares = Counter(
-        str(int(10 * trained / tokens) * 10) if tokens else "0" for trained, tokens in frame.select("trained", "tokens").iter_rows()
-    )
-    return {
-        "trained_percent": dict(sorted(shares.items(), key=lambda item: int(item[0]))),
-        "turns": {str(turns): count for turns, count in sorted(Counter(frame["turns"].to_list()).items())},
-    }
+    detail = f"{lost} records have no trained token and are left out"
+    judged.add(TOTALS, "untrained_records", WARN if lost else PASS, lost, 0, detail)

@@ -1,11 +1,14 @@
 """From record leaves to token leaves: what is unchanged is taken over, the rest tokenised and stored.
 
-Ids and spans come from `tokenizing.py`, the leaf's bytes from `leaves.py`. Where leaves are cut is decided by `records.py`.
+Leaves are made one by one, a pure map that may run anywhere (`workers.py`). Ids and spans come from `tokenizing.py`, the leaf's bytes from
+`leaves.py`. Where leaves are cut is decided by `records.py`.
 """
 
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -16,23 +19,38 @@ from repro_assets.data.errors import DataError, LeafError
 from repro_assets.data.leaves import Leaf
 from repro_assets.data.lines import Record
 from repro_assets.data.tokenizing import Codec, Tokens, load
+from repro_assets.data.workers import Serial, Workers
 from repro_assets.documents import BaseModel, Engine, RecordLeaf, Records, Shards, ShardsObserved, TokenLeaf
 from repro_assets.recipe import ShardingSection
 from repro_assets.trust.blob import Blob, BlobMissing, BlobStore
 
-#: leaves of the previous snapshot that may be held in memory to take unchanged records from (about 300 kB each)
-HELD_LEAVES = 4096
+#: leaves of the previous snapshot that a worker holds unpacked to take unchanged records from (about 300 kB each)
+HELD_LEAVES = 32
+
+
+class _Unit(msgspec.Struct, frozen=True):
+    """A record leaf to tokenise, and leaves of the previous shards that hold some of its records."""
+
+    source: RecordLeaf
+    before: tuple[tuple[str, Blob], ...]
 
 
 class _Made(msgspec.Struct, frozen=True):
-    """One token leaf with its facts, and where its stored form is. `entry` is None when no record had a trained token."""
+    """The token leaf of a record leaf and where its stored form is; None when none of its records has a trained token."""
 
     entry: TokenLeaf | None
-    leaf: Leaf | None
     blob: Blob | None
-    reused: bool
-    tokens_new: int
-    untrained: int
+    untrained: tuple[str, ...]
+    records_new: int = 0
+    tokens_new: int = 0
+
+
+class Untrained(msgspec.Struct, frozen=True):
+    """One line of the quarantine of the shards."""
+
+    detail: str
+    reason: str
+    record: str
 
 
 def build(
@@ -42,45 +60,42 @@ def build(
     store: BlobStore,
     previous: tuple[Shards, ShardsObserved] | None = None,
     progress: Progress | None = None,
+    *,
+    workers: Workers | None = None,
 ) -> tuple[Shards, ShardsObserved]:
     """One token leaf for each record leaf, in order; a leaf of which no record is trained is left out.
 
     `previous`: shards made under the same section by the same code, from other records. A leaf whose record leaf they know is taken
-    over as it is, and in a rewritten leaf the unchanged records keep their ids. Records longer than max_tokens are cut and counted;
-    records without a trained token are counted and left out.
+    over unread, and in a rewritten leaf the unchanged records keep their ids. `workers`: where leaves are tokenised.
+    Records longer than max_tokens are cut and counted; records without a trained token are in the quarantine blob.
     """
     started = time.monotonic()
-    codec = load(store, base_model)
-    engine = codec.engine()
-    known = _Known(previous, records.leaves, base_model, engine, codec.width, store)
+    task = Tokenise(base_model, section, store)
+    engine = task.codec.engine()
+    known = _Known(previous, base_model, engine, task.codec.width, store)
+    taken = [known.leaves.get((leaf.split, leaf.blob.sha256)) for leaf in records.leaves]
+    wanted = [leaf for leaf, held in zip(records.leaves, taken, strict=True) if held is None]
+    made = (workers or Serial()).map(task, known.units(wanted, {leaf.blob.sha256 for leaf in records.leaves}))
     totals = _Totals()
-    for number, made in enumerate(_map(records.leaves, codec, section, store, known), start=1):
-        totals.add(made)
+    for number, held in enumerate(taken, start=1):
+        if held is None:
+            totals.add(next(made), reused=False)
+        else:
+            totals.add(_Made(held[0], held[1], held[0].untrained), reused=True)
         if progress:
-            progress("leaves", number, len(records.leaves))
+            progress("leaves", number, len(taken))
+    assert next(made, None) is None, "the map gave more leaves than were asked for"
     if not totals.entries:
         raise DataError(
-            f"none of {totals.untrained} records has a trained token: look at the chat template, sharding.train_on and sharding.max_tokens"
+            f"none of {len(totals.untrained)} records has a trained token: "
+            "look at the chat template, sharding.train_on and sharding.max_tokens"
         )
-    shards = Shards(
-        leaves=tuple(totals.entries),
-        engine=engine,
-        tokenizer=base_model.tokenizer,
-        template=base_model.template,
-        width=codec.width,
-        tokens=totals.by_split("tokens"),
-        trained=totals.by_split("trained"),
-        records=totals.by_split("records"),
-        lengths={str(edge): count for edge, count in sorted(totals.lengths.items())},
-        slices={label: dict(sorted(values.items())) for label, values in sorted(totals.slices.items())},
-        truncated_records=totals.truncated_records,
-        truncated_tokens=totals.truncated_tokens,
-        untrained_records=totals.untrained,
-    )
+    shards = totals.document(engine, base_model, task.codec.width, store)
     observed = ShardsObserved(
         stored=dict(sorted(totals.stored.items())),
         leaves_reused=totals.reused,
         leaves_new=len(totals.entries) - totals.reused,
+        records_new=totals.records_new,
         tokens_new=totals.tokens_new,
         seconds=time.monotonic() - started,
     )
@@ -93,26 +108,46 @@ class _Totals:
     def __init__(self) -> None:
         self.entries: list[TokenLeaf] = []
         self.stored: dict[str, Blob] = {}
-        self.lengths: Counter[int] = Counter()
-        self.slices: dict[str, Counter[str]] = {}
-        self.reused = self.tokens_new = self.untrained = self.truncated_records = self.truncated_tokens = 0
+        self.untrained: list[str] = []
+        self.reused = self.records_new = self.tokens_new = 0
 
-    def add(self, made: _Made) -> None:
+    def add(self, made: _Made, *, reused: bool) -> None:
         self.untrained += made.untrained
+        self.records_new += made.records_new
         self.tokens_new += made.tokens_new
-        if made.entry is None or made.leaf is None or made.blob is None:
-            return
-        self.entries.append(made.entry)
-        self.stored[made.entry.sha256] = made.blob
-        self.reused += made.reused
-        self.lengths.update(edges(made.leaf.lengths))
-        for labels in made.leaf.slices:
-            for label, value in labels.items():
-                self.slices.setdefault(label, Counter())[value] += 1
-        self.truncated_records += int(np.count_nonzero(made.leaf.cut))
-        self.truncated_tokens += int(made.leaf.cut.sum(dtype=np.int64))
+        if made.entry is not None and made.blob is not None:
+            self.entries.append(made.entry)
+            self.stored[made.entry.sha256] = made.blob
+            self.reused += reused
 
-    def by_split(self, field: str) -> dict[str, int]:
+    def document(self, engine: Engine, model: BaseModel, width: int, store: BlobStore) -> Shards:
+        lengths: Counter[int] = Counter()
+        slices: dict[str, Counter[str]] = {}
+        for entry in self.entries:
+            lengths.update({int(edge): count for edge, count in entry.lengths.items()})
+            for label, values in entry.slices.items():
+                slices.setdefault(label, Counter()).update(values)
+        rows = [
+            Untrained("nothing of it is the assistant's within sharding.max_tokens", "no_trained_token", name) for name in self.untrained
+        ]
+        return Shards(
+            leaves=tuple(self.entries),
+            engine=engine,
+            tokenizer=model.tokenizer,
+            template=model.template,
+            width=width,
+            tokens=self._by_split("tokens"),
+            trained=self._by_split("trained"),
+            records=self._by_split("records"),
+            lengths={str(edge): count for edge, count in sorted(lengths.items())},
+            slices={label: dict(sorted(values.items())) for label, values in sorted(slices.items())},
+            truncated_records=sum(entry.cut_records for entry in self.entries),
+            truncated_tokens=sum(entry.cut_tokens for entry in self.entries),
+            untrained_records=len(rows),
+            quarantine=store.put_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows)),
+        )
+
+    def _by_split(self, field: str) -> dict[str, int]:
         return {split: sum(getattr(entry, field) for entry in self.entries if entry.split == split) for split in ("train", "validation")}
 
 
@@ -121,20 +156,20 @@ def edges(lengths: NDArray[np.int64]) -> list[int]:
     return [1 << (length.bit_length() - 1) if length else 0 for length in lengths.tolist()]
 
 
+class _Name(msgspec.Struct, frozen=True):
+    """The identity in a record's line; the rest is not decoded."""
+
+    id: str
+
+
 class _Known:
-    """What the previous shards can give: whole leaves by their record leaf, and single records of the leaves that are gone."""
+    """What the previous shards can give: whole leaves by their record leaf, and the leaves that are gone for single records."""
 
     def __init__(
-        self,
-        previous: tuple[Shards, ShardsObserved] | None,
-        wanted: Sequence[RecordLeaf],
-        model: BaseModel,
-        engine: Engine,
-        width: int,
-        store: BlobStore,
+        self, previous: tuple[Shards, ShardsObserved] | None, model: BaseModel, engine: Engine, width: int, store: BlobStore
     ) -> None:
+        self.store = store
         self.leaves: dict[tuple[str, str], tuple[TokenLeaf, Blob]] = {}
-        self.records: dict[str, tuple[bytes, Tokens]] = {}
         if previous is None:
             return
         shards, observed = previous
@@ -144,69 +179,107 @@ class _Known:
         missing = store.missing({blob.sha256 for blob in there.values()})
         usable = [entry for entry in shards.leaves if entry.sha256 in there and there[entry.sha256].sha256 not in missing]
         self.leaves = {(entry.split, entry.source): (entry, there[entry.sha256]) for entry in usable}
-        now = {(leaf.split, leaf.blob.sha256) for leaf in wanted}
-        gone = [entry for entry in usable if (entry.split, entry.source) not in now]
-        if gone and len(gone) <= HELD_LEAVES and not now <= self.leaves.keys():
-            stored = store.get_many(there[entry.sha256].sha256 for entry in gone)
-            for entry, data in zip(gone, stored, strict=True):
-                leaf = leaves.load(data, entry.sha256)
-                for name, token, ids, spans, cut in zip(leaf.records, leaf.token, leaf.ids, leaf.spans, leaf.cut.tolist(), strict=True):
-                    self.records[name] = (bytes(token), Tokens(ids=ids, spans=spans, cut=cut))
 
-    def tokens(self, record: Record) -> Tokens | None:
-        """Ids and spans that the record had before, checked by their token digest; None when it is new."""
-        held = self.records.get(record.id)
-        if held is None:
-            return None
-        token, tokens = held
-        if leaves.token_digest(tokens.ids, tokens.spans) != token:
-            raise LeafError(
-                f"record {record.id}: its token digest in the previous shards does not fit its ids; "
-                "materialize shards with the run tag repro/no-memo"
-            )
-        return tokens
+    def units(self, wanted: Sequence[RecordLeaf], now: set[str]) -> Iterator[_Unit]:
+        """The leaves to tokenise, each with the gone leaves that hold records of it (64 bytes of memory for each of their records)."""
+        gone = [(entry, blob) for (_split, source), (entry, blob) in self.leaves.items() if source not in now]
+        places: dict[bytes, int] = {}
+        if wanted and gone:
+            for number, data in enumerate(self.store.get_many(blob.sha256 for _entry, blob in gone)):
+                places.update((bytes(name), number) for name in leaves.load(data, gone[number][0].sha256).record)
+        if not places:
+            yield from (_Unit(leaf, ()) for leaf in wanted)
+            return
+        name = msgspec.json.Decoder(_Name)
+        for leaf, data in zip(wanted, self.store.get_many(leaf.blob.sha256 for leaf in wanted), strict=True):
+            found = {places.get(bytes.fromhex(name.decode(line).id)) for line in data.split(b"\n") if line}
+            yield _Unit(leaf, tuple((gone[at][0].sha256, gone[at][1]) for at in sorted(at for at in found if at is not None)))
 
 
-def _map(wanted: Sequence[RecordLeaf], codec: Codec, section: ShardingSection, store: BlobStore, known: _Known) -> Iterator[_Made]:
-    """Each record leaf's token leaf, in order; reads ahead through the store's own concurrency."""
-    found = [known.leaves.get((leaf.split, leaf.blob.sha256)) for leaf in wanted]
-    digests = [held[1].sha256 if held else leaf.blob.sha256 for held, leaf in zip(found, wanted, strict=True)]
-    for source, held, data in zip(wanted, found, store.get_many(digests), strict=True):
-        if held is not None:
-            leaf = leaves.load(data, held[0].sha256)
-            yield _Made(held[0], leaf, held[1], True, 0, source.records - len(leaf))
-        else:
-            yield _tokenise(source, list(lines.decode(data)), codec, section, store, known)
+@dataclass(frozen=True)
+class Tokenise:
+    """The task: one record leaf to its token leaf in the store."""
+
+    base_model: BaseModel
+    section: ShardingSection
+    store: BlobStore
+
+    @cached_property
+    def codec(self) -> Codec:
+        return load(self.store, self.base_model, self.section.engine)
+
+    @cached_property
+    def _held(self) -> dict[str, Leaf]:
+        return {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the codec: a tokenizer is made in every process for itself."""
+        return {"base_model": self.base_model, "section": self.section, "store": self.store}
+
+    def __call__(self, unit: _Unit) -> _Made:
+        records = list(lines.decode(self.store.get_bytes(unit.source.blob.sha256)))
+        held = self._before(unit, {record.id for record in records})
+        fresh = [record for record in records if record.id not in held]
+        made = iter(self.codec.tokens(fresh, self.section.max_tokens, self.section.train_on))
+        tokens = [held[record.id] if record.id in held else next(made) for record in records]
+        tokens_new = sum(len(now.ids) for record, now in zip(records, tokens, strict=True) if record.id not in held)
+        kept = [(record, now) for record, now in zip(records, tokens, strict=True) if now.trained]
+        untrained = tuple(record.id for record, now in zip(records, tokens, strict=True) if not now.trained)
+        if not kept:
+            return _Made(None, None, untrained, len(fresh), tokens_new)
+        leaf = self._leaf(kept)
+        return _Made(_entry(unit.source, leaf, untrained), self.store.put_bytes(leaves.store_form(leaf)), untrained, len(fresh), tokens_new)
+
+    def _leaf(self, kept: list[tuple[Record, Tokens]]) -> Leaf:
+        return leaves.make(
+            [bytes.fromhex(record.id) for record, _now in kept],
+            [record.key for record, _now in kept],
+            [record.slices for record, _now in kept],
+            [now.ids for _record, now in kept],
+            [now.spans for _record, now in kept],
+            [now.cut for _record, now in kept],
+            self.codec.width,
+        )
+
+    def _before(self, unit: _Unit, names: set[str]) -> dict[str, Tokens]:
+        """Ids and spans that records of the unit had before, checked by their token digests."""
+        found: dict[str, Tokens] = {}
+        for identity, blob in unit.before:
+            if identity not in self._held:
+                while len(self._held) >= HELD_LEAVES:
+                    self._held.pop(next(iter(self._held)))
+                self._held[identity] = leaves.load(self.store.get_bytes(blob.sha256), identity)
+            leaf = self._held[identity]
+            for name, token, ids, spans, cut in zip(leaf.records, leaf.token, leaf.ids, leaf.spans, leaf.cut.tolist(), strict=True):
+                if name not in names:
+                    continue
+                if leaves.token_digest(ids, spans) != bytes(token):
+                    raise LeafError(
+                        f"record {name}: its token digest in the previous shards does not fit its ids; "
+                        "materialize shards with the run tag repro/no-memo"
+                    )
+                found[name] = Tokens(ids=ids, spans=spans, cut=cut)
+        return found
 
 
-def _tokenise(source: RecordLeaf, records: list[Record], codec: Codec, section: ShardingSection, store: BlobStore, known: _Known) -> _Made:
-    held = [known.tokens(record) for record in records]
-    fresh = [record for record, tokens in zip(records, held, strict=True) if tokens is None]
-    made = iter(codec.tokens(fresh, section.max_tokens, section.train_on))
-    tokens = [next(made) if known is None else known for known in held]
-    tokens_new = sum(len(now.ids) for now, before in zip(tokens, held, strict=True) if before is None)
-    kept = [(record, now) for record, now in zip(records, tokens, strict=True) if now.trained]
-    untrained = len(records) - len(kept)
-    if not kept:
-        return _Made(None, None, None, False, tokens_new, untrained)
-    leaf = leaves.make(
-        [bytes.fromhex(record.id) for record, _now in kept],
-        [record.key for record, _now in kept],
-        [record.slices for record, _now in kept],
-        [now.ids for _record, now in kept],
-        [now.spans for _record, now in kept],
-        [now.cut for _record, now in kept],
-        codec.width,
-    )
-    entry = TokenLeaf(
+def _entry(source: RecordLeaf, leaf: Leaf, untrained: tuple[str, ...]) -> TokenLeaf:
+    slices: dict[str, Counter[str]] = {}
+    for labels in leaf.slices:
+        for label, value in labels.items():
+            slices.setdefault(label, Counter())[value] += 1
+    return TokenLeaf(
         split=source.split,
         source=source.blob.sha256,
         sha256=leaves.identity(leaf),
         records=len(leaf),
         tokens=len(leaf.flat_ids),
         trained=int(leaf.trained.sum()),
+        lengths={str(edge): count for edge, count in sorted(Counter(edges(leaf.lengths)).items())},
+        slices={label: dict(sorted(values.items())) for label, values in sorted(slices.items())},
+        cut_records=int(np.count_nonzero(leaf.cut)),
+        cut_tokens=int(leaf.cut.sum(dtype=np.int64)),
+        untrained=untrained,
     )
-    return _Made(entry, leaf, store.put_bytes(leaves.store_form(leaf)), False, tokens_new, untrained)
 
 
 def stored_leaves(shards: Shards, observed: ShardsObserved, store: BlobStore) -> Iterator[tuple[TokenLeaf, Leaf]]:

@@ -159,10 +159,13 @@ def _import(made: Any, kind: str) -> str:
 
 
 def _summary(chapter: Chapter) -> dict[str, Any]:
-    shards, promotion = chapter.documents["shards"], chapter.documents["promotion"]
+    records, shards, promotion = (chapter.documents[asset] for asset in ("records", "shards", "promotion"))
     return {
         "key": chapter.key,
+        "files": len(records.observed.parsed),
+        "files_parsed": records.observed.files_parsed,
         "records": sum(shards.result.records.values()),
+        "records_new": shards.observed.records_new,
         "leaves": len(shards.result.leaves),
         "leaves_new": shards.observed.leaves_new,
         "tokens": sum(shards.result.tokens.values()),
@@ -180,6 +183,7 @@ def tell(console: Console, chapters: list[Chapter], proof: dict[str, Any], phase
     """One screen: snapshots, reuse, accuracy by slice, decisions, certificate, where the time went, what to do next."""
     console.rule("[bold]what was built")
     console.print(_snapshots(chapters))
+    console.print(_reuse(chapters))
     console.print(_slices(chapters))
     console.print(_poison(chapters[-1]))
     for part in proof["parts"]:
@@ -208,17 +212,25 @@ def tell(console: Console, chapters: list[Chapter], proof: dict[str, Any], phase
 
 
 def _snapshots(chapters: list[Chapter]) -> Table:
-    table = Table("snapshot", "what it is", "records", "new leaves", "new tokens", "decision", box=None, pad_edge=False)
+    table = Table("snapshot", "what it is", "decision", box=None, pad_edge=False)
     for chapter in chapters:
         told = _summary(chapter)
         decision = f"[green]release {told['release']}[/]" if told["release"] else f"[red]{told['decision']}[/]"
+        table.add_row(f"{chapter.kind} [dim]{chapter.key}[/]", STORY[chapter.kind], decision)
+    return table
+
+
+def _reuse(chapters: list[Chapter]) -> Table:
+    """What was done anew for each snapshot, of what it holds."""
+    table = Table("made anew", "files parsed", "records", "leaves", "tokens", box=None, pad_edge=False)
+    for chapter in chapters:
+        told = _summary(chapter)
         table.add_row(
-            f"{chapter.kind}\n[dim]{chapter.key}[/]",
-            STORY[chapter.kind],
-            f"{told['records']:,}",
+            chapter.kind,
+            f"{told['files_parsed']} of {told['files']}",
+            f"{told['records_new']:,} of {told['records']:,}",
             f"{told['leaves_new']} of {told['leaves']}",
             f"{told['tokens_new']:,} of {told['tokens']:,}",
-            decision,
         )
     return table
 

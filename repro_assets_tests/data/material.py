@@ -4,12 +4,12 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
 from repro_assets.data import manifest, records
-from repro_assets.documents import BaseModel, RawFile, RawSnapshot, Records
+from repro_assets.documents import BaseModel, RawFile, RawSnapshot, Records, RecordsObserved
 from repro_assets.recipe import BaseModelSection, EvaluationSection, GatesSection, Recipe, RecordsSection, Source
 from repro_assets.trust.blob import FolderStore
 from repro_assets.trust.canonical import sha256
@@ -42,9 +42,16 @@ class Raw:
     def open(self, file: RawFile) -> BinaryIO:
         return io.BytesIO(self.files[file.path])
 
-    def records(self, section: RecordsSection | Source = CHAT, prompts: bytes = b"", **how: object) -> Records:
+    def records(self, section: RecordsSection | Source = CHAT, prompts: bytes = b"", **how: Any) -> Records:
+        return self.both(section, prompts, **how)[0]
+
+    def both(
+        self, section: RecordsSection | Source = CHAT, prompts: bytes = b"", previous: Any = None, workers: Any = None, **changed: object
+    ) -> tuple[Records, RecordsObserved]:
+        """Content and observed half. `changed`: fields of the section."""
         section = section if isinstance(section, RecordsSection) else RecordsSection(sources=(section,))
-        return records.build(self.snapshot, self.open, prompts, section, self.store, **how)[0]  # type: ignore[arg-type]
+        section = msgspec.structs.replace(section, **changed)
+        return records.build(self.snapshot, self.open, prompts, section, self.store, previous=previous, workers=workers)
 
 
 def row(text: str, answer: str = "fine", key: str | None = None, intent: str = "refund") -> bytes:

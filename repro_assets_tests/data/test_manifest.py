@@ -1,6 +1,7 @@
 """Raw files selected by pattern, their formats, and the manifest as the snapshot's content identity."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -47,7 +48,17 @@ def test_a_bracket_or_backslash_in_a_pattern_is_no_regular_expression() -> None:
         ("a.jsonl", "jsonl"),
         ("x/B.NDJSON", "jsonl"),
         ("p.parquet", "parquet"),
-        ("a.jsonl.gz", "other"),
+        ("a.jsonl.gz", "jsonl.gz"),
+        ("x/b.CSV.Zst", "csv.zst"),
+        ("c.tsv", "tsv"),
+        ("d.json.zst", "json.zst"),
+        ("e.f.txt", "txt"),
+        ("p.parquet.gz", "other"),
+        ("logs.gz", "other"),
+        ("x.tar.gz", "other"),
+        ("x.jsonl.zip", "other"),
+        ("a.jsonl.bz2", "other"),
+        ("a.jsonl.dvc", "other"),
         ("README", "other"),
         ("x.jsonl/y", "other"),
     ],
@@ -84,3 +95,33 @@ def test_one_changed_byte_changes_the_manifest(store: FolderStore) -> None:
     one, other = Raw({"a.jsonl": b"1"}, store).snapshot, Raw({"a.jsonl": b"2"}, store).snapshot
     assert one.manifest != other.manifest
     assert one == Raw({"a.jsonl": b"1"}, store).snapshot
+
+
+def test_a_format_falls_into_its_base_and_its_compression() -> None:
+    assert [manifest.parts(format) for format in ("jsonl", "csv.zst", "other")] == [("jsonl", ""), ("csv", "zst"), ("other", "")]
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("x/a.zip", "an archive.*unpack it"),
+        ("a.tar", "an archive"),
+        ("a.TGZ", "an archive"),
+        ("a.tar.gz", "an archive"),
+        ("a.7z", "an archive"),
+        ("a.rar", "an archive"),
+        ("a.jsonl.bz2", "decompress it, or compress it as"),
+        ("a.csv.xz", "decompress it"),
+        ("a.jsonl.dvc", "dvc pull"),
+        ("t/_delta_log/00000000000000000001.json", "repro import --delta"),
+        ("t/metadata/00001-4e.metadata.json", "repro import --iceberg"),
+    ],
+)
+def test_a_name_that_is_no_data_has_its_remedy(path: str, remedy: str) -> None:
+    assert re.search(remedy, manifest.remedy_for(path) or "")
+    assert manifest.remedy_for("x/a.jsonl.gz") is None
+    assert manifest.remedy_for("x/a.metadata.json") is None
+
+
+def test_the_window_of_a_table_is_in_no_manifest() -> None:
+    assert manifest.selected(["t/a.parquet", "t/_window.json", "_window.json"], RawSection()) == ["t/a.parquet"]

@@ -12,31 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repro_assets.data import readers
+from repro_assets.data import manifest, readers
 from repro_assets.data.errors import SourceError
 from repro_assets.data.lines import Message
 from repro_assets.data.readers import Bad, Row, read
 from repro_assets.recipe import Source
+from repro_assets_tests.data.dribble import Dribble
 from repro_assets_tests.data.material import CHAT, PAIR, jsonl, row
 
 LIMIT = 16 << 20
-
-
-class Dribble(io.RawIOBase):
-    """A stream that cannot seek and gives at most `sizes` bytes a read, in turn, as a network does."""
-
-    def __init__(self, data: bytes, sizes: list[int]) -> None:
-        self.data, self.at, self.sizes, self.turn = data, 0, sizes, 0
-
-    def read(self, count: int = -1) -> bytes:
-        self.turn += 1
-        count = min(count if count >= 0 else len(self.data), self.sizes[self.turn % len(self.sizes)])
-        block = self.data[self.at : self.at + count]
-        self.at += len(block)
-        return block
-
-    def readable(self) -> bool:
-        return True
 
 
 def rows(data: bytes, source: Source = CHAT, limit: int = LIMIT, path: str = "a.jsonl") -> list[Row | Bad]:
@@ -54,6 +38,7 @@ def chat(messages: Any, **more: Any) -> bytes:
     return json.dumps({"messages": messages, "id": "1", "intent": "x", **more}).encode()
 
 
+TEXT = Source(match="**", shape="text")
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 
 
@@ -109,7 +94,8 @@ def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_no_rows_of_thei
         (chat("hello"), "wrong_type", "messages: a string, not an array"),
         (chat([USER, "x"]), "wrong_type", r"messages\[1\]: a string"),
         (chat([{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]), "wrong_type", r"messages\[0\].content: a array|an? array"),
-        (chat([USER, {**ASSISTANT, "tool_calls": [1]}]), "wrong_type", "'tool_calls'.*would be lost"),
+        (chat([USER, {**ASSISTANT, "audio": [1]}]), "wrong_type", "'audio'.*would be lost"),
+        (chat([USER, {**ASSISTANT, "tool_calls": [1]}]), "wrong_type", r"tool_calls\[0\]: not an object that names its function"),
         (chat([USER, ASSISTANT], id=1.5), "wrong_type", "id: a number"),
         (chat([]), "empty", "no messages"),
         (chat([USER, {"role": "assistant", "content": " \n"}]), "empty", r"messages\[1\].content: no text"),
@@ -177,17 +163,41 @@ def test_rows_do_not_depend_on_how_the_stream_cuts_its_reads(sizes: list[int], l
     assert list(read("a.jsonl", "jsonl", stream, CHAT, limit)) == rows(data, limit=limit)
 
 
-@pytest.mark.parametrize(("path", "remedy"), [("a.jsonl.gz", "decompress it"), ("a.csv", "convert it")])
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("a.arrow", r"no reader for this format \(\.jsonl.*\.gz or \.zst\).*convert or rename it"),
+        ("a.jsonl.xz", "compressed in a way that is not read here"),
+        ("a.tar.gz", "an archive.*unpack it"),
+        ("a.jsonl.dvc", "a DVC pointer.*dvc pull"),
+    ],
+)
 def test_a_format_without_a_reader_is_refused_with_the_remedy(path: str, remedy: str) -> None:
-    with pytest.raises(SourceError, match=rf"{path}: no reader for this format \(\.jsonl.*{remedy}, or leave it out with raw\.exclude"):
-        list(read(path, "other", io.BytesIO(b"x"), CHAT))
+    with pytest.raises(SourceError, match=rf"{path}: {remedy}.*or leave it out with raw\.exclude"):
+        list(read(path, manifest.format_of(path), io.BytesIO(b"x"), CHAT))
+
+
+def test_a_pointer_or_an_archive_is_told_before_a_source_is_missed() -> None:
+    for path, remedy in (("x/a.jsonl.dvc", "dvc pull"), ("x/a.zip", "unpack"), ("t/_delta_log/1.json", "--delta")):
+        with pytest.raises(SourceError, match=remedy):
+            readers.source_for(path, [Source(match="**/*.jsonl", shape="messages")])
+
+
+def test_a_dvc_file_under_another_name_is_refused_with_the_remedy() -> None:
+    pointer = b"outs:\n- md5: a304afb96060aad90176268345e10355\n  size: 37\n  hash: md5\n  path: data.jsonl\n"
+    for data in (pointer, b"md5: 0f1b\nfrozen: true\n" + pointer):
+        for path in ("a.jsonl", "a.csv", "a.txt", "a.json", "a.parquet", "a.jsonl.gz"):
+            source = TEXT if path == "a.txt" else PAIR
+            with pytest.raises(SourceError, match=f"{path}: a DVC pointer.*dvc pull"):
+                list(read(path, manifest.format_of(path), io.BytesIO(data), source))
 
 
 def test_a_git_lfs_pointer_is_refused_with_the_remedy() -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n"
-    for path, format in (("a.jsonl", "jsonl"), ("a.parquet", "parquet")):
-        with pytest.raises(SourceError, match=f"{path}: a Git LFS pointer.*git lfs pull"):
-            list(read(path, format, io.BytesIO(pointer), CHAT))
+    for path in ("a.jsonl", "a.parquet", "a.json.zst", "a.csv.gz", "a.tsv"):
+        for stream in (io.BytesIO(pointer), Dribble(pointer, [5])):
+            with pytest.raises(SourceError, match=f"{path}: a Git LFS pointer.*git lfs pull"):
+                list(read(path, manifest.format_of(path), stream, CHAT))  # type: ignore[arg-type]
 
 
 def test_a_file_that_no_source_matches_is_named_with_the_remedy() -> None:
@@ -235,7 +245,7 @@ def test_parquet_messages_and_bad_rows_have_their_reasons(tmp_path: Path) -> Non
     assert found[2] == Bad(3, 0, 2, "missing_field", "intent: null")
     missing = list(read("t.parquet", "parquet", io.BytesIO(parquet(tmp_path / "u.parquet", TABLE)), CHAT))
     assert len(missing) == 8
-    assert {line.reason for line in missing} == {"missing_field"}
+    assert {line.reason for line in missing} == {"missing_field"}  # type: ignore[union-attr]
     long = list(read("t.parquet", "parquet", io.BytesIO(parquet(tmp_path / "v.parquet", TABLE)), PAIR, row_limit=3))
     assert {line.reason for line in long} == {"row_too_long"}  # type: ignore[union-attr]
 

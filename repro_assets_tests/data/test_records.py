@@ -29,7 +29,7 @@ def read(store: FolderStore, result: Records, split: str | None = None) -> list[
 
 
 def prompts(*texts: str) -> bytes:
-    return b"".join(canonical({"item": str(n), "suite": "s", "text": records.normal_text(text)}) + b"\n" for n, text in enumerate(texts))
+    return b"".join(canonical({"item": str(n), "suite": "s", "text": lines.normal_text(text)}) + b"\n" for n, text in enumerate(texts))
 
 
 # ---- identity
@@ -68,13 +68,13 @@ def test_the_id_is_of_the_messages_alone() -> None:
 
 @given(st.text())
 def test_normal_text_is_stable_and_blind_to_case_and_spaces(text: str) -> None:
-    normal = records.normal_text(text)
-    assert records.normal_text(normal) == normal
-    assert records.normal_text(f"  {text}\n") == normal
+    normal = lines.normal_text(text)
+    assert lines.normal_text(normal) == normal
+    assert lines.normal_text(f"  {text}\n") == normal
 
 
 def test_normal_text_folds_case_spaces_and_composition() -> None:
-    assert records.normal_text(" Stra\u00dfe \t\n  CAFE\u0301 ") == "strasse caf\u00e9"
+    assert lines.normal_text(" Stra\u00dfe \t\n  CAFE\u0301 ") == "strasse caf\u00e9"
 
 
 # ---- what is kept, and what is not
@@ -91,10 +91,12 @@ def test_every_row_is_accounted_for_in_counts_and_quarantine(raw: MakeRaw, store
     )
     sources = (Source(match="a/**", shape="messages", slices={"intent": "intent"}, license="MIT"), CHAT)
     result = made.records(RecordsSection(sources=sources, quarantine_limit=0.5), prompts("EXAM "))
-    assert [msgspec.to_builtins(count) for count in result.sources] == [
+    none = {"date": None, "near_duplicates": 0, "sensitive": 0, "unsampled": 0, "augmented": 0}
+    counts = [
         {"match": "a/**", "license": "MIT", "files": 1, "read": 5, "kept": 2, "quarantined": 1, "duplicates": 1, "contaminated": 1},
         {"match": "**", "license": "NOASSERTION", "files": 2, "read": 3, "kept": 1, "quarantined": 1, "duplicates": 1, "contaminated": 0},
     ]
+    assert [msgspec.to_builtins(count) for count in result.sources] == [{**count, **none} for count in counts]
     assert result.reasons == {"contaminated": 1, "duplicate": 2, "empty_file": 1, "not_json": 1}
     assert [(aside.file, aside.line, aside.reason) for aside in records.asides(store, result)] == [
         ("a/one.jsonl", 2, "not_json"),
@@ -150,7 +152,7 @@ def test_a_turn_of_a_longer_conversation_that_is_an_evaluation_item_is_found(raw
 
 
 def test_prompts_that_are_not_the_suites_jsonl_are_refused(raw: MakeRaw) -> None:
-    with pytest.raises(DataError, match=r"prompts cannot be read.*materialize eval_suites"):
+    with pytest.raises(DataError, match=r"prompts, line 1, cannot be read.*materialize eval_suites"):
         raw({"a.jsonl": jsonl(row("x"))}).records(CHAT, b'{"text": 1}\n')
 
 
@@ -197,7 +199,7 @@ def test_a_path_with_spaces_and_unicode_goes_through_index_and_quarantine(raw: M
     result = raw({path: jsonl(row("x"), b"bad")}).records(EVERYTHING)
     assert list(result.index) == [path]
     assert [aside.file for aside in records.asides(store, result)] == [path]
-    assert f"index/{path}.jsonl" in result.files()
+    assert f"index/{path}.bin" in result.files()
 
 
 # ---- order, split, leaves
@@ -292,12 +294,13 @@ def test_the_index_leads_from_each_record_back_to_its_bytes(raw: MakeRaw, store:
 
 def test_leaves_that_the_store_holds_are_not_put_again(raw: MakeRaw, store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
     made = raw({"a.jsonl": jsonl(*(row(f"q{n}") for n in range(200)))})
-    first = records.build(made.snapshot, made.open, b"", EVERYTHING, store, target=8)
+    first = made.both(EVERYTHING, target=8)
     put: list[int] = []
-    monkeypatch.setattr(FolderStore, "put_many", lambda self, items: put.extend(map(len, items)))
-    again = records.build(made.snapshot, made.open, b"", EVERYTHING, store, target=8)
+    real = FolderStore.put_many
+    monkeypatch.setattr(FolderStore, "put_many", lambda self, items: (put.extend(len(item) for item in items), real(self, items))[1])
+    again = made.both(EVERYTHING, target=8)
     assert again[0] == first[0]
-    assert put == []
+    assert {leaf.blob.size for leaf in first[0].leaves}.isdisjoint(put)
     assert (first[1].leaves_known, again[1].leaves_new) == (0, 0)
     assert first[1].leaves_new == again[1].leaves_known == len(first[0].leaves)
 
@@ -309,13 +312,13 @@ def test_real_rows_give_the_records_they_always_gave(raw: MakeRaw, store: Folder
     """S0.34: small real input, golden output. A new digest here means that every snapshot would be built anew."""
     result = raw({"gsm8k/train.jsonl": gsm8k}).records(PAIR)
     assert result.splits == {"train": 382, "validation": 18}
-    assert digest(result) == GOLDEN
+    assert digest([[leaf.split, leaf.blob.sha256, leaf.records] for leaf in result.leaves]) == GOLDEN
     first = read(store, result)[0]
     assert first.messages[0].content.startswith("Natalia sold clips to 48 of her friends")
     assert first.messages[1].content.endswith("#### 72")
 
 
-GOLDEN = "3ff49110e3227f4f696531e2b1d879a15da6e04ff641eef635a9a5d4a74ee9dc"
+GOLDEN = "0436abfc519e0ff5803e94a7519410901b47c4f47936d640ccf4882cafc061b4"
 
 
 def test_the_whole_of_gsm8k_is_read_when_it_is_there(raw: MakeRaw, store: FolderStore) -> None:

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 
 from repro_assets.data.errors import RenderingError
 from repro_assets.data.lines import Message
-from repro_assets.data.rendering import Renderer, find_template, literals, named_tokens
+from repro_assets.data.rendering import Renderer
+from repro_assets.data.templates import find_template, literals, named_tokens
 from repro_assets_tests.data.material import CHATML, MARKED, SPECIAL, TEMPLATE, tokenizer_files
 
 NAMED = {"bos_token": "<s>", "eos_token": "<|end|>"}
@@ -136,8 +137,12 @@ def test_a_record_that_holds_the_first_marks_is_rendered_with_others() -> None:
     rendered = Renderer(TEMPLATE, NAMED, SPECIAL).render(conversation((text, "a")))
     assert rendered.text == f"<|user|>{text}<|end|><|assistant|>a<|end|>"
     everything = "".join(chr(code) for code in range(0xFDD0, 0xFDF0))
+    assert (
+        Renderer(TEMPLATE, NAMED, SPECIAL).render(conversation((everything, "a"))).text
+        == f"<|user|>{everything}<|end|><|assistant|>a<|end|>"
+    )
     with pytest.raises(RenderingError, match="noncharacters"):
-        Renderer(TEMPLATE, NAMED, SPECIAL).render(conversation((everything, "a")))
+        Renderer(TEMPLATE, NAMED, SPECIAL).by_template(conversation((everything, "a")))
 
 
 def test_the_template_is_found_where_transformers_looks_for_it(tokenizer_json: bytes) -> None:
@@ -168,3 +173,129 @@ def test_named_tokens_come_as_text_however_they_are_written() -> None:
 def test_literals_are_the_text_that_the_template_itself_writes() -> None:
     assert {"<|", "|>\n", "<|end|>\n", "<|assistant|>\n"} <= set(literals(CHATML).split("\0"))
     assert "role" not in literals(TEMPLATE).split("\0")
+
+
+# Qwen 2.5's way with tools: an empty content is not written, arguments are JSON, a tool's answer is a user turn of its own.
+TOOLS = (
+    "{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ '<|user|>\n<tool_response>\n' + m.content + '\n</tool_response><|end|>\n' }}"
+    "{% elif m.tool_calls %}<|assistant|>{% if m.content %}{{ '\n' + m.content }}{% endif %}"
+    "{% for call in m.tool_calls %}{% set call = call.function if call.function is defined else call %}"
+    "{{ '\n<tool_call>\n{\"name\": \"' + call.name + '\", \"arguments\": ' + call.arguments | tojson + '}\n</tool_call>' }}"
+    "{% endfor %}{{ '<|end|>\n' }}"
+    "{% else %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+WEATHER = '[{"function":{"arguments":{"city":"Ulm \\"x\\"","days":2},"name":"weather"},"type":"function"}]'
+
+
+def with_tools(calls: str = WEATHER, said: str = "") -> list[Message]:
+    return [
+        Message("How is it in Ulm?", "user"),
+        Message(said, "assistant", tool_calls=calls),
+        Message('{"sky": "grey"}', "tool", name="weather"),
+        Message("Grey.", "assistant"),
+    ]
+
+
+@pytest.mark.parametrize("said", ["", "I look."])
+def test_tool_calls_and_answers_are_written_as_transformers_writes_them(oracle: Any, said: str) -> None:
+    """S1.12: calls are handed to the template decoded; a call is trained to the end mark of its turn, behind the tool tags."""
+    messages = with_tools(said=said)
+    rendered = Renderer(TOOLS, NAMED, [*SPECIAL, "<tool_call>", "</tool_call>"]).render(messages)
+    plain = [
+        {"role": "user", "content": "How is it in Ulm?"},
+        {"role": "assistant", "content": said, "tool_calls": json.loads(WEATHER)},
+        {"role": "tool", "content": '{"sky": "grey"}', "name": "weather"},
+        {"role": "assistant", "content": "Grey."},
+    ]
+    assert rendered.text == oracle.apply_chat_template(plain, chat_template=TOOLS, tokenize=False)
+    first, last = [rendered.text[start:end] for start, end in rendered.trained]
+    assert last == "Grey.<|end|>"
+    assert first.endswith('"arguments": {"city": "Ulm \\"x\\"", "days": 2}}\n</tool_call><|end|>')
+    held = [rendered.text[start:end] for start, end in rendered.contents if start < end]
+    assert held == ["How is it in Ulm?", *([said] if said else []), "weather", "city", 'Ulm \\"x\\"', "days", '{"sky": "grey"}', "Grey."]
+
+
+def test_a_template_that_cannot_write_tool_calls_is_refused() -> None:
+    for template in (TEMPLATE, CHATML):
+        with pytest.raises(RenderingError, match="leaves out a tool call of a conversation of user, assistant, tool, assistant"):
+            Renderer(template, NAMED, SPECIAL).render(with_tools(said="I look."))
+
+
+def test_a_call_that_holds_a_control_token_is_refused_where_the_template_cannot_be_followed() -> None:
+    checks = TOOLS.replace("{% set call", "{% if call.function.name | length > 8 %}{{ raise_exception('long') }}{% endif %}{% set call")
+    calls = '[{"function":{"arguments":{"city":"Ulm"},"name":"<|end|>"},"type":"function"}]'
+    renderer = Renderer(checks, NAMED, SPECIAL)
+    rendered = renderer.render(with_tools(calls.replace("<|end|>", "weather")))
+    assert [rendered.text[start:end] for start, end in rendered.contents if start < end][1:3] == ["city", "Ulm"]
+    with pytest.raises(RenderingError, match="holds the characters of a control token"):
+        renderer.render(with_tools(calls))
+    rendered = Renderer(TOOLS, NAMED, SPECIAL).render(with_tools(calls))
+    assert "<|end|>" in [rendered.text[start:end] for start, end in rendered.contents]
+
+
+def test_a_text_is_itself_and_its_end_mark_and_trained_whole() -> None:
+    renderer = Renderer(TEMPLATE, NAMED, SPECIAL)
+    rendered = renderer.render([Message(" Once <|user|> upon\n", "text")])
+    assert rendered.text == " Once <|user|> upon\n<|end|>"
+    assert rendered.contents == ((0, 20),)
+    assert rendered.trained == ((0, 27),)
+    with pytest.raises(RenderingError, match="names no eos_token"):
+        Renderer(TEMPLATE, {}, SPECIAL).render([Message("a", "text")])
+    with pytest.raises(RenderingError, match="of text, assistant: a text stands alone"):
+        renderer.render([Message("a", "text"), Message("b", "assistant")])
+
+
+@settings(max_examples=60)
+@given(turns=TURNS, name=st.sampled_from(sorted(ALL)), system=st.none() | TEXT, last_only=st.booleans())
+def test_a_frame_gives_what_the_template_gives(turns: list[tuple[str, str]], name: str, system: str | None, last_only: bool) -> None:
+    """The template runs once for a sequence of roles; every conversation of them comes out as if it ran on it."""
+    messages = ([Message(system, "system")] if system is not None else []) + conversation(*turns)
+    renderer = Renderer(ALL[name], NAMED, SPECIAL)
+    framed = renderer.render(messages, last_only, check=True)
+    assert renderer._frames[last_only, tuple(message.role for message in messages)] is not None
+    assert framed == renderer.by_template(messages, last_only)
+
+
+LOOKS = {
+    "length": "{% for m in messages %}{{ m.content }}{{ m.content | length }}{% endfor %}",
+    "replace": "{% for m in messages %}{{ m.content | replace('zebra', '') }}{% endfor %}",
+    "compare": "{% for m in messages %}{% if m.content == 'zebra' %}Z{% else %}{{ m.content }}{% endif %}{% endfor %}",
+    "contains": "{% for m in messages %}{{ m.content }}{% if 'zebra' in m.content %}Z{% endif %}{% endfor %}",
+    "within": "{% for m in messages %}{{ m.content }}{% if m.content in 'zebras' %}Z{% endif %}{% endfor %}",
+    "one of": "{% for m in messages %}{{ m.content }}{% if m.content in ['zebra'] %}Z{% endif %}{% endfor %}",
+    "split": "{% for m in messages %}{{ m.content.split('zebra')[0] }}{% endfor %}",
+    "tojson": "{% for m in messages %}{{ m.content | tojson }}{% endfor %}",
+    "message": "{% for m in messages %}{{ m | tojson }}{% endfor %}",
+    "join": "{% for m in messages %}{{ ['a', m.content] | join | replace('zebra', '') }}{% endfor %}",
+    "concat": "{% for m in messages %}{{ ('a' ~ m.content) | replace('zebra', '') }}{% endfor %}",
+    "format": "{% for m in messages %}{{ '{:5}'.format(m.content) | replace('zebra', '') }}{% endfor %}",
+    "percent": "{% for m in messages %}{{ ('%s' % m.content) | replace('zebra', '') }}{% endfor %}",
+    "block": "{% for m in messages %}{% set x %}{{ m.content }}{% endset %}{{ x | replace('zebra', '') }}{% endfor %}",
+    "macro": "{% macro f(x) %}{{ x }}{% endmacro %}{% for m in messages %}{{ f(m.content) | replace('zebra', '') }}{% endfor %}",
+    "table": "{% for m in messages %}{{ {'zebra': 'Z'}[m.content] | default(m.content) }}{% endfor %}",
+    "each": "{% for m in messages %}{% for c in m.content %}{{ c }}{% endfor %}{% endfor %}",
+    "empty": "{% for m in messages %}{% if m.content %}{{ m.content }}{% endif %}{% endfor %}",
+    "slice": "{% for m in messages %}{{ m.content[:7] }}{% endfor %}",
+    "sort": "{% for m in messages | sort(attribute='content') %}{{ m.content }}{% endfor %}",
+    "after": "{% for m in messages %}{{ (m.content + ' ') | trim }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("way", sorted(LOOKS))
+def test_a_template_that_looks_at_what_is_said_has_no_frame(way: str) -> None:
+    renderer = Renderer(LOOKS[way], NAMED, SPECIAL)
+    assert renderer._learn(("user", "assistant"), False) is None
+
+
+def test_a_frame_that_proves_wrong_is_found_on_a_sampled_record() -> None:
+    renderer = Renderer(TEMPLATE, NAMED, SPECIAL)
+    chat = conversation(("q", "a"))
+    renderer.render(chat)
+    ((key, frame),) = renderer._frames.items()
+    assert frame is not None
+    renderer._frames[key] = type(frame)(("<|usr|>", *frame.pieces[1:]), frame.slots, frame.trained)
+    renderer.render(chat)
+    with pytest.raises(RenderingError, match="depends on what the messages say"):
+        renderer.render(chat, check=True)

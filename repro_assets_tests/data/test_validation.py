@@ -12,30 +12,58 @@ import numpy as np
 import polars as pl
 import pytest
 
-from repro_assets.data import leaves, records, reproduction, rules, sharding, validation
+from repro_assets.data import conversations, embedding, frame, leaves, lines, records, reproduction, rules, sharding, validation
 from repro_assets.data.judged import Judged
 from repro_assets.data.leaves import Leaf
-from repro_assets.documents import BaseModel, RawFile, Records, ShardsObserved, TokenLeaf, ValidationReport
-from repro_assets.recipe import Drift, Recipe, RecordsSection, ShardingSection, Split, ValidationSection
+from repro_assets.data.lines import Message, Record
+from repro_assets.documents import BaseModel, RawFile, Records, ValidationReport
+from repro_assets.recipe import Drift, Language, Range, Recipe, RecordsSection, ShardingSection, Split, ValidationSection
 from repro_assets.trust.blob import FolderStore
 from repro_assets.trust.canonical import canonical, sha256
-from repro_assets_tests.data.material import CHAT, PAIR, Raw, jsonl, recipe_of, row
+from repro_assets_tests.data.material import CHAT, PAIR, TEMPLATE, Raw, base_model_of, jsonl, recipe_of, row
 
 CLEANING = RecordsSection(sources=(CHAT,), split=Split(validation=0.2))
+COUNT = 120
+#: every optional rule is on
+STRICT = ValidationSection(
+    ranges={"characters": Range(min=20, max=400), "turns": Range(max=2)},
+    slices={"intent": ("login", "refund")},
+    language=Language(expected=("en",), minimum=0.99),
+    max_roundtrip=0.0,
+)
+SUITE = json.dumps(
+    {"name": "ours", "expectations": [{"type": "expect_column_values_to_be_in_set", "kwargs": {"column": "cut", "value_set": [0]}}]}
+).encode()
+EXPECTED = "expectation column_values_to_be_in_set cut"
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+)
+GERMAN = "Könnten Sie mir bitte erklären, wie ich das vergessene Kennwort meines Kontos zurücksetzen kann?"
 
 
 class Case:
-    """Good shards of forty records, and the means to judge them, whole or with a defect."""
+    """Good shards of 120 records, and the means to judge them, whole or with a defect."""
 
-    def __init__(self, store: FolderStore, base_model: BaseModel) -> None:
-        self.store, self.base_model = store, base_model
-        texts = [f"question number {n}" for n in range(40)]
+    def __init__(self, store: FolderStore, tokenizer_json: bytes) -> None:
+        self.store, self.tokenizer_json = store, tokenizer_json
+        self.base_model = base_model_of(store, tokenizer_json, TEMPLATE)
+        texts = [f"How do I get my money back for order number {n}?" for n in range(COUNT)]
         self.raw = Raw(
-            {"a b.jsonl": jsonl(*(row(text, f"answer {text}", intent="login" if text[-1] in "01" else "refund") for text in texts))}, store
+            {
+                "a b.jsonl": jsonl(
+                    *(
+                        row(text, f"We return the money for order {n} within a week.", intent="login" if n % 10 < 2 else "refund")
+                        for n, text in enumerate(texts)
+                    )
+                )
+            },
+            store,
         )
         self.records: Records = self.raw.records(CLEANING, target=8)
-        self.shards, self.observed = sharding.build(self.records, base_model, ShardingSection(), store)
+        self.shards, self.observed = sharding.build(self.records, self.base_model, ShardingSection(), store)
         self.recipe: Recipe = recipe_of(CLEANING)
+        self.strict: Recipe = recipe_of(CLEANING, validation=STRICT)
+        self.report = self.judge()
 
     def judge(self, **changed: Any) -> ValidationReport:
         how = {
@@ -51,29 +79,51 @@ class Case:
         }
         return validation.build(**how)[0]
 
-    def planted(self, change: Callable[[Leaf], Leaf], count: bool = True) -> dict[str, Any]:
+    def everything(self, **changed: Any) -> ValidationReport:
+        """Judged by every rule there is: a strict recipe, a reference, a suite."""
+        return self.judge(**{"recipe": self.strict, "reference": self.report, "suite": SUITE, **changed})
+
+    def planted(self, change: Callable[[Leaf], Leaf], **entry_changed: Any) -> dict[str, Any]:
         """The shards with their first leaf changed, documents and identities made to fit."""
         entry, leaf = next(iter(sharding.stored_leaves(self.shards, self.observed, self.store)))
         bad = change(leaf)
         name = leaves.identity(bad)
-        there = TokenLeaf(entry.split, entry.source, name, len(bad), len(bad.flat_ids), int(bad.trained.sum()))
-        everything = (there, *self.shards.leaves[1:])
+        facts = {"sha256": name, "records": len(bad), "tokens": len(bad.flat_ids), "trained": int(bad.trained.sum())}
+        everything = (msgspec.structs.replace(entry, **facts, **entry_changed), *self.shards.leaves[1:])
         sums = {
             field: {split: sum(getattr(one, field) for one in everything if one.split == split) for split in ("train", "validation")}
             for field in ("records", "tokens", "trained")
         }
-        shards = msgspec.structs.replace(self.shards, leaves=everything, **(sums if count else {}))
+        shards = msgspec.structs.replace(self.shards, leaves=everything, **sums)
         stored = {**self.observed.stored, name: self.store.put_bytes(leaves.store_form(bad))}
-        return {"shards": shards, "shards_observed": ShardsObserved(stored, 0, 0, 0, 0.0)}
+        return {"shards": shards, "shards_observed": msgspec.structs.replace(self.observed, stored=stored)}
+
+    def planted_text(self, *messages: Message) -> dict[str, Any]:
+        """The shards with the first record's text changed in the record leaf that they name."""
+        entry = self.shards.leaves[0]
+        first_one, *others = lines.decode(self.store.get_bytes(entry.source))
+        changed = [Record(first_one.id, first_one.key, messages, first_one.slices), *others]
+        blob = self.store.put_bytes(b"".join(lines.encode(record) for record in changed))
+        entry = msgspec.structs.replace(entry, source=blob.sha256)
+        return {"shards": msgspec.structs.replace(self.shards, leaves=(entry, *self.shards.leaves[1:]))}
+
+    def reference(self, **distributions: dict[str, int]) -> ValidationReport:
+        """The report of a snapshot whose distributions differ in these."""
+        named = {name.replace("__", " "): counts for name, counts in distributions.items()}
+        return msgspec.structs.replace(self.report, distributions={**self.report.distributions, **named})
 
 
-@pytest.fixture
-def case(store: FolderStore, base_model: BaseModel) -> Case:
-    return Case(store, base_model)
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: bytes) -> Case:
+    return Case(FolderStore(tmp_path_factory.mktemp("store")), tokenizer_json)
 
 
 def verdicts(report: ValidationReport, *names: str) -> dict[str, str]:
     return {rule.name: rule.verdict for rule in report.rules if not names or rule.name in names}
+
+
+def written(case: Case, report: ValidationReport) -> Any:
+    return json.loads(case.store.get_bytes(report.report.sha256))
 
 
 def remade(leaf: Leaf, **columns: Any) -> Leaf:
@@ -90,71 +140,178 @@ def remade(leaf: Leaf, **columns: Any) -> Leaf:
     return leaves.make(**parts, width=leaf.width)
 
 
-def first(items: list[Any], item: Any) -> list[Any]:
-    return [item, *items[1:]]
+def first(items: Any, item: Any) -> list[Any]:
+    return [item, *list(items)[1:]]
 
 
 def spans(*pairs: tuple[int, int]) -> Any:
     return np.array(pairs, np.uint32).reshape(-1, 2)
 
 
+def turned(ids: Any) -> Any:
+    """Other ids that the template's own tokens still enclose."""
+    return np.concatenate([ids[:1], np.roll(ids[1:-1], 1), ids[-1:]])
+
+
+def user(text: str) -> Message:
+    return Message(content=text, role="user")
+
+
+def assistant(text: str) -> Message:
+    return Message(content=text, role="assistant")
+
+
+# ---- good shards
+
+
 def test_good_shards_pass_every_rule_and_say_none_without_a_reference(case: Case) -> None:
     """S0.56: every rule is in the report with its verdict."""
-    report = case.judge()
-    found = verdicts(report)
+    found = verdicts(case.report)
+    drifts = {"drift lengths", "drift sources", "drift trained_percent", "drift trained_tokens", "drift slice intent", "drift words"}
+    totals = {"totals", "min_records", "trained_share", "truncation", "untrained_records"}
+    assert set(found) == {*rules.RECORD_RULES, *totals, "roundtrip", "reproduction", *drifts}
+    assert {name for name, verdict in found.items() if verdict == "none"} == drifts
+    assert (case.report.verdict, set(found.values())) == ("pass", {"pass", "none"})
+    assert msgspec.to_builtins(case.report.reproduction) == {"drawn": COUNT, "equal": COUNT, "differing": ()}
+    said = written(case, case.report)
+    assert said["distributions"]["now"]["slice intent"] == {"login": 24, "refund": 96}
+    assert said["distributions"]["now"]["sources"] == {"**": COUNT}
+    assert said["failing"] == {}
+    assert said["histograms"]["turns"] == {"2": COUNT}
+    assert sum(said["histograms"]["trained_percent"].values()) == COUNT
+
+
+def test_good_shards_pass_every_optional_rule_too(case: Case) -> None:
+    report = case.everything()
+    assert set(verdicts(report).values()) == {"pass"}, [rule for rule in report.rules if rule.verdict != "pass"]
     assert report.verdict == "pass"
-    assert set(found) == {
-        *rules.RECORD_RULES,
-        "totals",
-        "min_records",
-        "trained_share",
-        "truncation",
-        "untrained_records",
-        "reproduction",
-        "drift lengths",
-        "drift trained_tokens",
-        "drift slice intent",
-    }
-    assert {name for name, verdict in found.items() if verdict == "none"} == {"drift lengths", "drift trained_tokens", "drift slice intent"}
-    assert set(found.values()) == {"pass", "none"}
-    assert msgspec.to_builtins(report.reproduction) == {"drawn": 40, "equal": 40, "differing": ()}
-    written = json.loads(case.store.get_bytes(report.report.sha256))
-    assert written["distributions"]["now"]["slice intent"] == {"login": 8, "refund": 32}
-    assert written["failing"] == {}
-    assert sum(written["histograms"]["trained_percent"].values()) == 40 == written["histograms"]["turns"]["1"]
+    assert case.store.get_bytes(report.suite.sha256) == SUITE if report.suite else False
 
 
 def test_the_report_comes_out_the_same_again(case: Case) -> None:
     """S0.4: canonical JSON of whole counts and rounded effects, no clock in it."""
-    assert canonical(case.judge(reference=case.shards)) == canonical(case.judge(reference=case.shards))
+    assert canonical(case.everything()) == canonical(case.everything())
 
 
-DEFECTS: dict[str, Callable[[Leaf], Leaf]] = {
-    "unique_ids": lambda leaf: remade(leaf, records=first([bytes(one) for one in leaf.record], bytes(leaf.record[1]))),
-    "length_range": lambda leaf: remade(leaf, ids=first(leaf.ids, leaf.ids[0][:1]), spans=first(leaf.spans, spans())),
-    "loss_mask": lambda leaf: remade(leaf, spans=first(leaf.spans, spans())),
-    "loss_spans": lambda leaf: remade(leaf, spans=first(leaf.spans, spans((2, 5), (4, len(leaf.ids[0]))))),
-    "token_ids": lambda leaf: remade(leaf, ids=first(leaf.ids, np.where(leaf.ids[0] == leaf.ids[0][1], 700, leaf.ids[0]))),
-    "end_of_turn": lambda leaf: remade(leaf, spans=first(leaf.spans, leaf.spans[0] - np.array([0, 1], np.uint32))),
-    "untrained_prompt": lambda leaf: remade(leaf, spans=first(leaf.spans, spans((0, len(leaf.ids[0]))))),
+# ---- every rule, by a planted defect
+
+
+def _spelt(case: Case, leaf: Leaf) -> Leaf:
+    """The first record's ids letter by letter: the same text in other tokens."""
+    plain = conversations.Plain(case.tokenizer_json, range(5))
+    text = plain.decode(leaf.ids[0].tolist())
+    start, end = text.index("We return"), len(text) - len("<|end|>")
+    middle = [token for letter in text[start:end] for token in plain.encode(letter)]
+    before = plain.encode(text[:start])
+    ids = np.array([*before, *middle, *plain.encode("<|end|>")])
+    return remade(leaf, ids=first(leaf.ids, ids), spans=first(leaf.spans, spans((len(before), len(ids)))))
+
+
+def _truncated(case: Case) -> dict[str, Any]:
+    section = ShardingSection(max_tokens=30)
+    shards, observed = sharding.build(case.records, case.base_model, section, case.store)
+    return {"shards": shards, "shards_observed": observed, "recipe": recipe_of(CLEANING, sharding=section, validation=STRICT)}
+
+
+def _recipe(**limits: Any) -> dict[str, Any]:
+    return {"recipe": recipe_of(CLEANING, validation=msgspec.structs.replace(STRICT, **limits))}
+
+
+def _other_words(case: Case) -> dict[str, Any]:
+    rows = [(sha256(f"{n}".encode()), embedding.counts([f"{GERMAN} Bestellung {n}"])) for n in range(COUNT)]
+    return {"reference": msgspec.structs.replace(case.report, words=case.store.put_bytes(embedding.Words(rows).encode()))}
+
+
+def _leaf(change: Callable[[Leaf], Leaf]) -> Callable[[Case], dict[str, Any]]:
+    return lambda case: case.planted(change)
+
+
+#: rule -> a defect that it has to find
+DEFECTS: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "schema": lambda case: case.planted(lambda leaf: leaf, split="test"),
+    "unique_ids": _leaf(lambda leaf: remade(leaf, records=first([bytes(one) for one in leaf.record], bytes(leaf.record[1])))),
+    "length_range": _leaf(lambda leaf: remade(leaf, ids=first(leaf.ids, leaf.ids[0][:1]), spans=first(leaf.spans, spans()))),
+    "loss_mask": _leaf(lambda leaf: remade(leaf, spans=first(leaf.spans, spans()))),
+    "loss_spans": _leaf(lambda leaf: remade(leaf, spans=first(leaf.spans, spans((2, 5), (4, len(leaf.ids[0])))))),
+    "token_ids": _leaf(lambda leaf: remade(leaf, ids=first(leaf.ids, np.where(leaf.ids[0] == leaf.ids[0][1], 700, leaf.ids[0])))),
+    "end_of_turn": _leaf(lambda leaf: remade(leaf, spans=first(leaf.spans, leaf.spans[0] - np.array([0, 1], np.uint32)))),
+    "untrained_prompt": _leaf(lambda leaf: remade(leaf, spans=first(leaf.spans, spans((0, len(leaf.ids[0])))))),
+    "texts": _leaf(lambda leaf: remade(leaf, records=first([bytes(one) for one in leaf.record], bytes(32)))),
+    "blank_turns": lambda case: case.planted_text(user("What is the matter with my order?"), assistant(" \n")),
+    "roles": lambda case: {
+        **case.planted_text(user("How do I get my money back?"), user("Where has my order gone?")),
+        "base_model": base_model_of(case.store, case.tokenizer_json, ALTERNATING + TEMPLATE.removeprefix("{% for m in messages %}")),
+    },
+    "template": _leaf(lambda leaf: remade(leaf, ids=first(leaf.ids, np.concatenate([[1], leaf.ids[0][1:]])))),
+    "range characters": lambda case: case.planted_text(user("Is it long? " * 40), assistant("It is.")),
+    "range turns": lambda case: case.planted_text(user("Where is it?"), assistant("Here."), user("Where?"), assistant("Here, I say.")),
+    "slice intent": _leaf(lambda leaf: remade(leaf, slices=first(leaf.slices, {"intent": "unheard-of"}))),
+    "totals": lambda case: {"shards": msgspec.structs.replace(case.shards, tokens={**case.shards.tokens, "train": 1})},
+    "min_records": lambda _case: _recipe(min_records=COUNT),
+    "trained_share": lambda _case: _recipe(min_trained=0.99),
+    "truncation": _truncated,
+    "untrained_records": lambda case: {"shards": msgspec.structs.replace(case.shards, untrained_records=2)},
+    "roundtrip": lambda case: case.planted(lambda leaf: _spelt(case, leaf)),
+    "language": lambda case: {**case.planted_text(user(GERMAN), assistant(GERMAN)), **_recipe(language=Language(("en",), 0.999))},
+    "reproduction": _leaf(lambda leaf: remade(leaf, ids=first(leaf.ids, turned(leaf.ids[0])))),
+    "drift lengths psi": lambda case: {"reference": case.reference(lengths={"512": COUNT})},
+    "drift lengths js": lambda case: {"reference": case.reference(lengths={"512": COUNT})},
+    "drift sources psi": lambda case: {"reference": case.reference(sources={"**": 60, "other/**": 60})},
+    "drift sources js": lambda case: {"reference": case.reference(sources={"**": 60, "other/**": 60})},
+    "drift trained_percent psi": lambda case: {"reference": case.reference(trained_percent={"0": COUNT})},
+    "drift trained_percent js": lambda case: {"reference": case.reference(trained_percent={"0": COUNT})},
+    "drift trained_tokens psi": lambda case: {"reference": case.reference(trained_tokens={"trained": 1, "untrained": 5000})},
+    "drift trained_tokens js": lambda case: {"reference": case.reference(trained_tokens={"trained": 1, "untrained": 5000})},
+    "drift slice intent psi": lambda case: {"reference": case.reference(slice__intent={"refund": 96, "crash": 24})},
+    "drift slice intent js": lambda case: {"reference": case.reference(slice__intent={"refund": 96, "crash": 24})},
+    "drift words auc": _other_words,
+    EXPECTED: _leaf(lambda leaf: remade(leaf, cut=first(leaf.cut.tolist(), 3))),
+}
+WARNINGS = {"blank_turns", "untrained_records"}
+#: a defect that cannot be planted without another rule seeing it too
+ALSO = {
+    "schema": {"totals"},
+    "unique_ids": {"totals"},
+    "totals": {"drift trained_tokens psi", "drift trained_tokens js"},
+    "length_range": {"loss_mask", "end_of_turn", "template", "roundtrip", "untrained_prompt"},
+    "token_ids": {"roundtrip"},
+    "truncation": {
+        EXPECTED,
+        *(f"drift {name} {measure}" for name in ("lengths", "trained_percent", "trained_tokens") for measure in ("psi", "js")),
+    },
+    "untrained_records": {"totals"},
+    "template": {"roundtrip"},
 }
 
 
+def test_every_rule_that_exists_has_a_planted_defect(case: Case) -> None:
+    """S1.11: no rule is only ever seen to pass."""
+    assert sorted(DEFECTS) == sorted(rule.name for rule in case.everything().rules)
+
+
 @pytest.mark.parametrize("rule", sorted(DEFECTS))
-def test_a_defect_in_one_record_fails_its_rule_and_names_the_record(case: Case, rule: str) -> None:
-    """S0.30, S0.36, S1.11: each rule is made to fail."""
-    planted = case.planted(DEFECTS[rule])
-    report = case.judge(**planted)
-    failed = {rule.name: rule for rule in report.rules if rule.verdict == "fail"}
-    assert rule in failed
-    assert report.verdict == "fail"
-    allowed = {rule, "reproduction", *({"loss_mask", "end_of_turn"} if rule == "length_range" else ())}
-    allowed |= {"totals"} if rule == "unique_ids" else set()
-    assert set(failed) <= allowed, failed
-    assert failed[rule].effect == (2 if rule == "unique_ids" else 1)
+def test_a_planted_defect_is_found_by_its_rule(case: Case, rule: str) -> None:
+    """S0.30, S0.36, S1.11: each rule is made to fail, and no rule beside it cries without reason."""
+    report = case.everything(**DEFECTS[rule](case))
+    found = {one.name: one for one in report.rules if one.verdict in ("fail", "warn")}
+    assert rule in found, sorted(found)
+    assert found[rule].verdict == ("warn" if rule in WARNINGS else "fail")
+    allowed = {rule, "reproduction", *ALSO.get(rule, set())}
+    if rule.startswith("drift"):
+        allowed |= {name for name in DEFECTS if name.rsplit(" ", 1)[0] == rule.rsplit(" ", 1)[0]}
+    assert set(found) <= allowed, {name: one.detail for name, one in found.items()}
+    assert report.verdict == ("warn" if {one.verdict for one in found.values()} == {"warn"} else "fail")
+
+
+@pytest.mark.parametrize("rule", ["unique_ids", "loss_mask", "loss_spans", "token_ids", "end_of_turn", "untrained_prompt", "slice intent"])
+def test_the_record_that_fails_is_named_and_counted(case: Case, rule: str) -> None:
+    planted = DEFECTS[rule](case)
+    report = case.everything(**planted)
+    (one,) = [one for one in report.rules if one.name == rule]
+    assert one.effect == (2 if rule == "unique_ids" else 1)
     _entry, leaf = next(iter(sharding.stored_leaves(planted["shards"], planted["shards_observed"], case.store)))
-    named = json.loads(case.store.get_bytes(report.report.sha256))["failing"][rule]
-    assert named == [leaf.records[0]] * int(failed[rule].effect or 0)
+    named = written(case, report)["failing"][rule]
+    assert [row["record"] for row in named] == [leaf.records[0]] * int(one.effect or 0)
 
 
 def test_spans_beyond_the_record_or_empty_or_reversed_are_found(case: Case) -> None:
@@ -168,14 +325,55 @@ def test_a_cut_record_may_end_without_its_end_mark_and_others_may_not(case: Case
         ids, mask = leaf.ids[0][:-1], spans((int(leaf.spans[0][0][0]), len(leaf.ids[0]) - 1))
         return remade(leaf, ids=first(leaf.ids, ids), spans=first(leaf.spans, mask), cut=first(leaf.cut.tolist(), tokens))
 
-    assert verdicts(case.judge(**case.planted(lambda leaf: cut(leaf, 1))))["end_of_turn"] == "pass"
-    assert verdicts(case.judge(**case.planted(lambda leaf: cut(leaf, 0))))["end_of_turn"] == "fail"
+    assert verdicts(case.judge(**case.planted(lambda leaf: cut(leaf, 1))), "end_of_turn", "template") == {
+        "end_of_turn": "pass",
+        "template": "pass",
+    }
+    assert verdicts(case.judge(**case.planted(lambda leaf: cut(leaf, 0))), "end_of_turn", "template") == {
+        "end_of_turn": "fail",
+        "template": "fail",
+    }
 
 
 def test_duplicates_that_the_recipe_keeps_are_a_warning(case: Case) -> None:
-    planted = case.planted(DEFECTS["unique_ids"])
     kept = recipe_of(msgspec.structs.replace(CLEANING, duplicates="keep"))
-    assert verdicts(case.judge(**planted, recipe=kept))["unique_ids"] == "warn"
+    assert verdicts(case.judge(**DEFECTS["unique_ids"](case), recipe=kept))["unique_ids"] == "warn"
+
+
+def test_a_range_warns_as_long_as_few_enough_records_are_outside(case: Case) -> None:
+    planted = DEFECTS["range characters"](case)
+    for allowed, verdict in ((1 / COUNT, "warn"), (0.5 / COUNT, "fail")):
+        section = ValidationSection(ranges={"characters": Range(max=400, allowed=allowed)})
+        report = case.judge(**planted, recipe=recipe_of(CLEANING, validation=section))
+        assert verdicts(report)["range characters"] == verdict
+
+
+def test_a_label_must_be_there_and_any_value_will_do_when_none_is_listed(case: Case) -> None:
+    missing = case.planted(lambda leaf: remade(leaf, slices=first(leaf.slices, {})))
+    cases: list[tuple[dict[str, tuple[str, ...]], str | None]] = [({"intent": ()}, "fail"), ({"product": ()}, "fail"), ({}, None)]
+    for section, verdict in cases:
+        report = case.judge(**missing, recipe=recipe_of(CLEANING, validation=ValidationSection(slices=section)))
+        assert next((one.verdict for one in report.rules if one.name.startswith("slice ")), None) == verdict
+    other = case.judge(**DEFECTS["slice intent"](case), recipe=recipe_of(CLEANING, validation=ValidationSection(slices={"intent": ()})))
+    assert verdicts(other)["slice intent"] == "pass"
+
+
+def test_texts_too_short_to_tell_are_no_language_and_a_wrong_code_is_refused(case: Case) -> None:
+    short = case.planted_text(user("1?"), assistant("2!"))
+    detail = next(rule.detail for rule in case.everything(**short).rules if rule.name == "language")
+    assert detail == f"{COUNT - 1} drawn records, expected en: en {COUNT - 1}; 1 with fewer than 20 letters not judged"
+    with pytest.raises(ValueError, match=r"validation.language.expected: english: no such language in the model; it knows .*en"):
+        case.judge(recipe=recipe_of(CLEANING, validation=ValidationSection(language=Language(("english",)))))
+
+
+def test_messages_that_spell_a_control_token_are_left_out_of_the_round_trip(case: Case, store: FolderStore) -> None:
+    raw = Raw({"a.jsonl": jsonl(row("what does <|end|> mean here?"), row("and what is a plain question?"))}, store)
+    made = raw.records(CLEANING)
+    model = base_model_of(store, case.tokenizer_json, TEMPLATE)
+    shards, observed = sharding.build(made, model, ShardingSection(), store)
+    report, _observed = validation.build(raw.snapshot, raw.open, made, shards, observed, model, case.recipe, store)
+    rule = next(rule for rule in report.rules if rule.name == "roundtrip")
+    assert (rule.verdict, rule.detail) == ("pass", "1 of 1 drawn records have the same ids after decoding and encoding again")
 
 
 @pytest.mark.parametrize(
@@ -191,23 +389,36 @@ def test_duplicates_that_the_recipe_keeps_are_a_warning(case: Case) -> None:
 )
 def test_a_frame_of_another_shape_fails_the_schema(case: Case, change: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
     """S0.7, S3.13: columns, types and nulls."""
-    frame, _expected = rules.table(list(sharding.stored_leaves(case.shards, case.observed, case.store)), [4])
     judged = Judged()
-    rules.judge_records(change(frame), case.recipe, 700, judged)
+    rules.judge_records(change(table(case).frame()), case.recipe, 700, judged)
     assert {rule.name: rule.verdict for rule in judged.rules}["schema"] == "fail"
 
 
+def table(case: Case) -> frame.Table:
+    return frame.read(sharding.stored_leaves(case.shards, case.observed, case.store), case.store, frame.Table([4], 10))
+
+
 def test_a_lazy_frame_is_refused_because_pandera_would_pass_it_in_silence(case: Case) -> None:
-    frame, _expected = rules.table(list(sharding.stored_leaves(case.shards, case.observed, case.store)), [4])
-    broken: Any = frame.with_columns(pl.lit(0, pl.UInt32).alias("trained")).lazy()
-    rules.schema(case.recipe, 700).validate(broken).collect()
+    broken: Any = table(case).frame().with_columns(pl.lit(0, pl.UInt32).alias("trained")).lazy()
+    rules.schema(case.recipe, 700, ("intent",)).validate(broken).collect()
     with pytest.raises(TypeError, match="collected polars DataFrame, not LazyFrame"):
         rules.judge_records(broken, case.recipe, 700, Judged())
 
 
+def test_the_sample_is_the_same_whatever_order_records_come_in() -> None:
+    names = [sha256(str(n).encode()) for n in range(300)]
+    made = {name: frame.Drawn(name, (), np.zeros(0, np.uint16), 0) for name in names}
+    drawn = []
+    for order in (names, names[::-1], [*names, *names[:50]]):
+        sample = frame.Sample(40)
+        for name in order:
+            sample.offer(name, lambda name=name: made[name])  # type: ignore[misc]
+        drawn.append([one.record for one in sample.drawn(40)])
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert (len(set(drawn[0])), [one.record for one in sample.drawn(7)]) == (40, drawn[0][:7])
+
+
 def test_documents_that_do_not_add_up_to_their_leaves_fail(case: Case) -> None:
-    wrong = msgspec.structs.replace(case.shards, tokens={**case.shards.tokens, "train": 1})
-    assert verdicts(case.judge(shards=wrong))["totals"] == "fail"
     leaf = msgspec.structs.replace(case.shards.leaves[0], trained=1)
     report = case.judge(shards=msgspec.structs.replace(case.shards, leaves=(leaf, *case.shards.leaves[1:])))
     assert next(rule.detail for rule in report.rules if rule.name == "totals") == f"leaf {leaf.sha256[:12]}"
@@ -215,26 +426,11 @@ def test_documents_that_do_not_add_up_to_their_leaves_fail(case: Case) -> None:
     assert verdicts(case.judge(records=lost))["totals"] == "fail"
 
 
-@pytest.mark.parametrize(
-    ("limits", "rule", "verdict"),
-    [
-        (ValidationSection(min_records=33), "min_records", "fail"),
-        (ValidationSection(min_trained=0.99), "trained_share", "fail"),
-        (ValidationSection(min_tokens=50), "length_range", "fail"),
-        (ValidationSection(max_truncated=0.0), "truncation", "pass"),
-    ],
-)
-def test_limits_of_the_recipe_are_held(case: Case, limits: ValidationSection, rule: str, verdict: str) -> None:
-    assert case.shards.records["train"] < 33
-    assert verdicts(case.judge(recipe=recipe_of(CLEANING, validation=limits)))[rule] == verdict
-
-
 def test_truncation_and_untrained_records_are_judged(case: Case) -> None:
     """S1.11: what is cut off is a share of tokens with a limit, what is left out is a warning."""
-    section = ShardingSection(max_tokens=17)
-    shards, observed = sharding.build(case.records, case.base_model, section, case.store)
-    assert shards.truncated_tokens > 0
-    report = case.judge(shards=shards, shards_observed=observed, recipe=recipe_of(CLEANING, sharding=section))
+    cut = _truncated(case)
+    report = case.judge(**cut)
+    shards = cut["shards"]
     total = sum(shards.tokens.values()) + shards.truncated_tokens
     rule = next(rule for rule in report.rules if rule.name == "truncation")
     assert (rule.verdict, rule.effect) == ("fail", round(shards.truncated_tokens / total, 8))
@@ -248,37 +444,45 @@ def test_truncation_and_untrained_records_are_judged(case: Case) -> None:
 
 
 def test_the_same_data_has_no_drift(case: Case) -> None:
-    report = case.judge(reference=case.shards)
+    report = case.judge(reference=case.report)
     drifts = {rule.name: (rule.verdict, rule.effect) for rule in report.rules if rule.name.startswith("drift")}
+    names = ("lengths", "sources", "trained_percent", "trained_tokens", "slice intent")
     assert drifts == {
-        f"drift {name} {measure}": ("pass", 0) for name in ("lengths", "trained_tokens", "slice intent") for measure in ("psi", "js")
+        "drift words auc": ("pass", 0.5),
+        **{f"drift {name} {measure}": ("pass", 0) for name in names for measure in ("psi", "js")},
     }
 
 
 def test_a_moved_slice_is_judged_by_effect_size_and_names_what_is_new(case: Case) -> None:
     """S0.31, S1.10, S3.14: class drift against a reference."""
-    before = msgspec.structs.replace(case.shards, slices={"intent": {"refund": 32, "crash": 8}})
-    report = case.judge(reference=before)
+    report = case.judge(**DEFECTS["drift slice intent psi"](case))
     rule = next(rule for rule in report.rules if rule.name == "drift slice intent psi")
     assert (rule.verdict, rule.limit, rule.detail) == ("fail", 0.25, "new: login; gone: crash")
-    mild = msgspec.structs.replace(case.shards, slices={"intent": {"refund": 36, "login": 4}})
+    mild = case.reference(slice__intent={"refund": 108, "login": 12})
     lenient = recipe_of(CLEANING, validation=ValidationSection(drift=Drift(psi_warn=0.01, psi_fail=5, js_warn=0.9, js_fail=1)))
     found = verdicts(case.judge(reference=mild, recipe=lenient))
     assert (found["drift slice intent psi"], found["drift slice intent js"]) == ("warn", "pass")
 
 
-def test_moved_lengths_and_trained_shares_are_drift(case: Case) -> None:
-    """S0.32: token-length distribution; the share of trained tokens too."""
-    longer = msgspec.structs.replace(case.shards, lengths={"512": 40}, trained=dict.fromkeys(case.shards.trained, 1))
-    found = verdicts(case.judge(reference=longer))
-    assert (found["drift lengths psi"], found["drift lengths js"], found["drift trained_tokens psi"]) == ("fail", "fail", "fail")
+def test_a_label_that_only_one_side_has_is_a_warning(case: Case) -> None:
+    reference = msgspec.structs.replace(
+        case.report,
+        distributions={
+            **{name: counts for name, counts in case.report.distributions.items() if name != "slice intent"},
+            "slice product": {"app": COUNT},
+        },
+    )
+    found = {rule.name: (rule.verdict, rule.detail) for rule in case.judge(reference=reference).rules}
+    assert found["drift slice intent"] == ("warn", "the reference does not have it: nothing to compare with")
+    assert found["drift slice product"] == ("warn", "gone: only the reference has it")
 
 
 def test_p_values_are_observed_and_no_part_of_the_content(case: Case) -> None:
     how = (case.raw.snapshot, case.raw.open, case.records, case.shards, case.observed, case.base_model, case.recipe, case.store)
-    result, observed = validation.build(*how, reference=case.shards)
-    assert observed.p_values == {"lengths": 1.0, "slice intent": pytest.approx(1.0)}
-    assert b"p_value" not in canonical(result) + case.store.get_bytes(result.report.sha256)
+    result, observed = validation.build(*how, reference=case.report)
+    assert observed.p_values == {name: pytest.approx(1.0) for name in ("lengths", "slice intent", "sources", "trained_percent")}
+    content = canonical(result) + case.store.get_bytes(result.report.sha256) + case.store.get_bytes(result.page.sha256)
+    assert b"p_value" not in content
 
 
 # ---- sample reproduction
@@ -297,14 +501,11 @@ def test_the_draw_is_by_keyed_hash_and_stable_under_new_records() -> None:
 def test_ids_that_raw_does_not_give_are_found_by_record_and_line(case: Case) -> None:
     """S0.45, S0.46, S0.49: shards that look sound and are not what raw gives."""
 
-    def turned(leaf: Leaf) -> Leaf:
-        return remade(leaf, ids=first(leaf.ids, np.append(np.roll(leaf.ids[0][:-1], 1), leaf.ids[0][-1])))
-
-    planted = case.planted(turned)
+    planted = DEFECTS["reproduction"](case)
     report = case.judge(**planted)
     assert {name for name, verdict in verdicts(report).items() if verdict == "fail"} == {"reproduction"}
     (named,) = report.reproduction.differing
-    assert (report.reproduction.drawn, report.reproduction.equal) == (40, 39)
+    assert (report.reproduction.drawn, report.reproduction.equal) == (COUNT, COUNT - 1)
     _entry, leaf = next(iter(sharding.stored_leaves(planted["shards"], planted["shards_observed"], case.store)))
     line = next(place.line for place in records.places(case.store, case.records, "a b.jsonl") if place.id == leaf.records[0])
     assert named == f"{leaf.records[0]} (a b.jsonl:{line}): its tokens came out differently"
@@ -319,11 +520,11 @@ def test_raw_rows_that_changed_under_the_index_are_found(case: Case) -> None:
         return io.BytesIO(swapped)
 
     report = case.judge(open_raw=opened)
-    assert report.reproduction.equal == 38
+    assert report.reproduction.equal == COUNT - 2
     assert any("the row is record" in text for text in report.reproduction.differing)
     assert any("the row is bad now: not_json" in text for text in report.reproduction.differing)
     cut = case.judge(open_raw=lambda file: io.BytesIO(data[: len(data) // 2]))
-    assert cut.reproduction.equal < 25
+    assert cut.reproduction.equal < 0.6 * COUNT
 
 
 def test_records_that_no_index_leads_to_are_found(case: Case) -> None:

@@ -56,14 +56,20 @@ def address(bucket: str, blob: Blob) -> str:
 class Blobs:
     """A `repro_assets.trust.blob.BlobStore` on one bucket. Safe for many threads; make one per process."""
 
-    def __init__(self, client: Any, bucket: str, cache: Cache | None = None) -> None:
-        self.bucket, self.cache, self._client = bucket, cache, client
+    def __init__(self, client: Any, bucket: str, cache: Cache | None = None, connections: "Connections | None" = None) -> None:
+        self.bucket, self.cache, self._client, self._connections = bucket, cache, client, connections
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process connects for itself; a client made by hand does not travel."""
+        if self._connections is None:
+            raise TypeError("this store was made around a client; only one from Blobs.connect can be sent to another process")
+        return Blobs.connect, (self._connections,)
 
     @classmethod
     def connect(cls, connections: "Connections", client: Any = None) -> "Blobs":
         """The blob bucket of `connections`, with the local cache unless its size is 0."""
         cache = Cache(connections.cache, connections.cache_bytes) if connections.cache_bytes else None
-        return cls(client or make_client(connections), connections.blobs_bucket, cache)
+        return cls(client or make_client(connections), connections.blobs_bucket, cache, None if client else connections)
 
     def without_cache(self) -> "Blobs":
         """The same store, every read from the server: for verification."""
