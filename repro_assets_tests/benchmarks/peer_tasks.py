@@ -126,7 +126,7 @@ def with_streaming(corpus: Path, tokenizer: str, out: Path, workers: int) -> int
         counts = pool.starmap(_mds, shares)
     from streaming.base.util import merge_index
 
-    merge_index([share[2] for share in shares], str(out), keep_local=True)
+    merge_index(str(out), keep_local=True)
     return sum(counts)
 
 
