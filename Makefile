@@ -4,6 +4,8 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= offline
 export DAGSTER_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
+# Many images forbid Python to keep compiled modules: then every rank and every run compiles PyTorch anew, 10 s of CPU time at each start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test dev down lint lock clean environment servers
 
@@ -28,7 +30,7 @@ dev: servers
 	@$(REPRO) dev
 
 test: servers
-	@.venv/bin/python -m pytest repro_assets_tests
+	@.venv/bin/python -m repro_assets_tests.side_by_side repro_assets_tests
 
 down:
 	@$(REPRO) down

@@ -5,6 +5,7 @@ Anything that only one folder of tests needs belongs in that folder's own confte
 
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,9 @@ for _name, _value in {
 for _name in list(os.environ):
     if _name.startswith(("LAKECTL_", "AWS_")) or (_name.startswith("REPRO_") and not _name.endswith("_BINARY")):
         del os.environ[_name]
+# As the Makefile does: the suite starts about two hundred Python processes, and each would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import pytest  # the guards above must hold before anything else is imported
 
