@@ -101,29 +101,29 @@ def missed(claims: Path) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs pytest with `arguments`, twice at once. 0 only when both ended well and every test was run."""
+    halves: list[Half] = []
+
+    def stop(number: int, frame: object) -> None:
+        """Both tear down what they started."""
+        for half in halves:
+            if half.process.poll() is None:
+                half.process.send_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's Ctrl-C reaches both without us, even if we were started with it ignored
     with tempfile.TemporaryDirectory(prefix="repro-tests-") as folder:
-        halves = [Half(number, arguments, Path(folder)) for number in range(1, HALVES + 1)]
-
-        def stop(number: int, frame: object) -> None:
-            """Both tear down what they started. A terminal's Ctrl-C reaches them without us."""
-            for half in halves:
-                if half.process.poll() is None:
-                    half.process.send_signal(signal.SIGINT)
-
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, lambda *_: None)
+        halves += [Half(number, arguments, Path(folder)) for number in range(1, HALVES + 1)]
         for half in halves:
             half.start()
         for half in halves:
             half.join()
             print(f"\n{f' process {half.number} of {HALVES} ':#^120}\n{half.report}", end="", flush=True)
-        codes = [half.process.returncode for half in halves]
-        wrong = missed(Path(folder))
-        if any(codes) or wrong:
-            print(f"\nFAILED: the two pytest processes ended with {codes[0]} and {codes[1]}", *wrong, sep="\n")
-            return 1
-        print("\nboth pytest processes ended well, and every collected test was run once")
-        return 0
+        codes, wrong = [half.process.returncode for half in halves], missed(Path(folder))
+    if any(codes) or wrong:
+        print(f"\nFAILED: the two pytest processes ended with {codes[0]} and {codes[1]}", *wrong, sep="\n")
+        return 1
+    print("\nboth pytest processes ended well, and every collected test was run once")
+    return 0
 
 
 if __name__ == "__main__":

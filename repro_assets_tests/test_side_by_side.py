@@ -4,11 +4,12 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 @pytest.fixture
@@ -24,19 +25,12 @@ def suite(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(suite: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "repro_assets_tests.side_by_side",
-        "--rootdir",
-        str(suite),
-        "-c",
-        str(suite / "pytest.ini"),
-        *arguments,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*command, str(suite)], env=environment, cwd=suite, capture_output=True, text=True, timeout=60)
+def command(suite: Path) -> list[str]:
+    return [sys.executable, "-m", "repro_assets_tests.side_by_side", "--rootdir", str(suite), "-c", str(suite / "pytest.ini"), str(suite)]
+
+
+def run(suite: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(suite), env=ENVIRONMENT, cwd=suite, capture_output=True, text=True, timeout=120)
 
 
 def test_every_test_is_run_once_by_one_of_the_two(suite: Path) -> None:
@@ -71,3 +65,31 @@ def test_a_file_that_cannot_be_collected_is_a_failure(suite: Path) -> None:
     done = run(suite)
     assert done.returncode == 1
     assert "No module named 'no_such_module'" in done.stdout
+
+
+def test_a_request_to_stop_lets_both_tear_down(suite: Path) -> None:
+    """CI ends a job with SIGTERM; pytest alone would leave its servers behind."""
+    slow = """
+import pathlib, time, pytest
+
+@pytest.fixture
+def held():
+    here = pathlib.Path(__file__)
+    here.with_suffix(".up").touch()
+    yield
+    here.with_suffix(".down").touch()
+
+def test_held(held):
+    time.sleep(30)
+"""
+    for number in range(6):
+        (suite / f"test_{number}.py").write_text(slow)
+    process = subprocess.Popen(command(suite), env=ENVIRONMENT, cwd=suite, stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 30
+    while len(list(suite.glob("*.up"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    process.terminate()
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert out.count("KeyboardInterrupt") >= 2
+    assert len(list(suite.glob("*.down"))) == 2

@@ -169,16 +169,14 @@ def free_port() -> int:
 NODE = Path(__file__).with_name("node.py")
 
 
-def start(
-    lab: Lab, scenarios: list[dict[str, Any]], ranks: int = 1, environment: Mapping[str, str] | None = None
-) -> list[subprocess.Popen[str]]:
+def start(lab: Lab, scenarios: list[dict[str, Any]], ranks: int = 1) -> list[subprocess.Popen[str]]:
     """Start `ranks` processes that run `scenarios` one after the other. A scenario: name, job, and faults that node.py knows."""
     plan = lab.root / f"plan-{scenarios[0]['name']}-{ranks}.json"
     numbered = [{**scenario, "port": free_port()} for scenario in scenarios]
     plan.write_bytes(msgspec.json.encode({"store": str(lab.store.root), "root": str(lab.root), "scenarios": numbered}))
     processes = []
     for rank in range(ranks):
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "REPRO_WANDB": "off", **(environment or {})}
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "REPRO_WANDB": "off"}
         if ranks > 1:
             variables |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
@@ -210,10 +208,8 @@ def finish(
     return {item["name"]: outcome(lab, item["name"]) for item in scenarios}
 
 
-def run(
-    lab: Lab, scenarios: list[dict[str, Any]], ranks: int = 1, environment: Mapping[str, str] | None = None
-) -> dict[str, dict[str, Any]]:
-    return finish(lab, scenarios, start(lab, scenarios, ranks, environment))
+def run(lab: Lab, scenarios: list[dict[str, Any]], ranks: int = 1) -> dict[str, dict[str, Any]]:
+    return finish(lab, scenarios, start(lab, scenarios, ranks))
 
 
 def outcome(lab: Lab, name: str, rank: int = 0) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def main() -> None:
     (root / "outcomes").mkdir(exist_ok=True)
     for scenario in plan["scenarios"]:
         with_faults(scenario)
+        os.environ.update(scenario.get("environment", {}))
         # a port of its own: a rank that is early would find the store of the process group before
         os.environ["MASTER_PORT"] = str(scenario["port"])
         events = FolderEvents(root / "jobs" / scenario.get("key", scenario["name"]), writes=RANK == 0)
@@ -57,7 +58,11 @@ def main() -> None:
         damaged = {digest: flip(store, digest) for digest in scenario.get("flip", [])}
         try:
             if "check" in scenario:
-                outcome = checks.run(scenario["check"], scenario["job"], store, **scenario.get("arguments", {}))
+                arguments = {}
+                if "result_of" in scenario:
+                    earlier = root / "outcomes" / f"{scenario['result_of']}-{RANK}.json"
+                    arguments["result"] = json.loads(earlier.read_bytes())["result"]
+                outcome = checks.run(scenario["check"], scenario["job"], store, **arguments)
             else:
                 outcome = program.run(scenario["job"], store, events)
         except Exception as error:

@@ -10,63 +10,69 @@ import pytest
 
 from repro_assets_tests.training.lab import free_port
 
+SIZES = (4, 2, 1)
 PROGRAM = """
 import hashlib, json, os, sys
 import torch
 from repro_assets.training import determinism, exchange
 from repro_assets.training.job import TrainingError
+
+def told(world):
+    generator = torch.Generator().manual_seed(1)
+    parts = torch.randn(8, 1003, generator=generator) * torch.logspace(-4, 4, 8)[:, None]
+    total = exchange.OrderedSum(world, 1003)
+    sums = []
+    for repeat in range(2):
+        total.start()
+        for first in range(0, 8, world.size):
+            vector = total.vector()
+            vector[:1003] = parts[first + world.rank]
+            total.add(vector)
+        sums.append(total.total().clone())
+    digest = hashlib.sha256(sums[0].numpy().tobytes()).hexdigest()
+    gathered = exchange.gather_bytes(world, b"x" * world.rank)
+    flags = [exchange.any_rank(world, False), exchange.any_rank(world, world.rank == world.size - 1)]
+    values = torch.zeros(8, dtype=torch.float64)
+    values[world.rank :: world.size] = torch.arange(8, dtype=torch.float64)[world.rank :: world.size] / 3
+    shared = exchange.shared_values(world, values).tolist()
+    exchange.agree(world, "same", "a")
+    try:
+        exchange.agree(world, "colour", "red" if world.rank == 0 else "blue")
+        refusal = ""
+    except TrainingError as error:
+        refusal = str(error)
+    close = bool(torch.allclose(sums[0], parts.sum(0), rtol=1e-4, atol=1e-2))
+    return {"size": world.size, "digest": digest, "repeats": torch.equal(*sums), "close": close,
+        "gathered": [len(item) for item in gathered], "flags": flags, "shared": shared, "refusal": refusal}
+
 determinism.prepare()
-world = exchange.join()
-determinism.settle()
-generator = torch.Generator().manual_seed(1)
-parts = torch.randn(8, 1003, generator=generator) * torch.logspace(-4, 4, 8)[:, None]
-total = exchange.OrderedSum(world, 1003)
-sums = []
-for repeat in range(2):
-    total.start()
-    for first in range(0, 8, world.size):
-        vector = total.vector()
-        vector[:1003] = parts[first + world.rank]
-        total.add(vector)
-    sums.append(total.total().clone())
-digest = hashlib.sha256(sums[0].numpy().tobytes()).hexdigest()
-naive = parts.sum(0)
-gathered = exchange.gather_bytes(world, b"x" * world.rank)
-flags = [exchange.any_rank(world, False), exchange.any_rank(world, world.rank == world.size - 1)]
-values = torch.zeros(8, dtype=torch.float64)
-values[world.rank :: world.size] = torch.arange(8, dtype=torch.float64)[world.rank :: world.size] / 3
-shared = exchange.shared_values(world, values).tolist()
-exchange.agree(world, "same", "a")
-try:
-    exchange.agree(world, "colour", "red" if world.rank == 0 else "blue")
-    refusal = ""
-except TrainingError as error:
-    refusal = str(error)
-exchange.leave(world)
-if world.rank == 0:
-    print(json.dumps({"digest": digest, "repeats": torch.equal(*sums), "close": bool(torch.allclose(sums[0], naive, rtol=1e-4, atol=1e-2)),
-        "gathered": [len(item) for item in gathered], "flags": flags, "shared": shared, "refusal": refusal}))
+found = []
+for size, port in json.loads(sys.argv[1]):
+    if int(os.environ["RANK"]) < size:
+        os.environ.update(WORLD_SIZE=str(size), MASTER_PORT=str(port))
+        world = exchange.join()
+        determinism.settle()
+        found.append(told(world))
+        exchange.leave(world)
+print(json.dumps(found))
 """
-
-
-def run(folder: Path, size: int) -> dict[str, object]:
-    script = folder / "exchange_ranks.py"
-    script.write_text(PROGRAM)
-    port, processes = free_port(), []
-    for rank in range(size):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **(place if size > 1 else {})}
-        processes.append(subprocess.Popen([sys.executable, str(script)], env=variables, text=True, stdout=subprocess.PIPE))
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * size
-    found: dict[str, object] = json.loads(outputs[0].splitlines()[-1])
-    return found
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, object]]:
-    folder = tmp_path_factory.mktemp("exchange")
-    return {size: run(folder, size) for size in (1, 2, 4)}
+    """What rank 0 of each size found. Four processes in all: those that a smaller size does not need leave."""
+    script = tmp_path_factory.mktemp("exchange") / "exchange_ranks.py"
+    script.write_text(PROGRAM)
+    plan, processes = json.dumps([(size, free_port()) for size in SIZES]), []
+    for rank in range(max(SIZES)):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        command = [sys.executable, str(script), plan]
+        processes.append(subprocess.Popen(command, env={**os.environ, **place}, text=True, stdout=subprocess.PIPE))
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes)
+    found = {world["size"]: world for world in json.loads(outputs[0].splitlines()[-1])}
+    assert set(found) == set(SIZES)
+    return found
 
 
 def test_one_two_and_four_ranks_give_one_sum_to_the_last_bit(worlds: dict[int, dict[str, object]]) -> None:

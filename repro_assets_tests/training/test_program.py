@@ -43,6 +43,7 @@ def alone(lab: Lab, killed: list[dict[str, Any]]) -> Outcomes:
     quiet = msgspec.structs.replace(SECTION, validate_every=1000)
     moved = lab.job(msgspec.structs.replace(SECTION, learning_rate=1e-3), resume=manifest)
     refused: dict[str, Any] = {"refused": True}
+    tracked = {"REPRO_WANDB": "", "WANDB_MODE": "offline"}  # holds for the scenarios after it too
     scenarios: list[dict[str, Any]] = [
         {"name": "plain", "job": job},
         {"name": "term-1", "key": "term", "job": job, "fault": {"at": 6, "signal": "SIGTERM"}},
@@ -62,14 +63,11 @@ def alone(lab: Lab, killed: list[dict[str, Any]]) -> Outcomes:
             {"name": name, "check": name, "job": job}
             for name in ("oracle", "accumulation", "isolation", "base_guard", "strict_keys", "loaders", "bad_base")
         ),
-    ]
-    found = labs.run(lab, scenarios)
-    tracked: list[dict[str, Any]] = [
-        {"name": "reload", "check": "reload", "job": job, "arguments": {"result": found["plain"]["result"]}},
-        {"name": "wandb-1", "key": "wandb", "job": job, "fault": {"at": 6, "signal": "SIGTERM"}},
+        {"name": "reload", "check": "reload", "job": job, "result_of": "plain"},
+        {"name": "wandb-1", "key": "wandb", "job": job, "fault": {"at": 6, "signal": "SIGTERM"}, "environment": tracked},
         {"name": "wandb-2", "key": "wandb", "job": job},
     ]
-    return {**found, **labs.run(lab, tracked, environment={"REPRO_WANDB": "", "WANDB_MODE": "offline"})}
+    return labs.run(lab, scenarios)
 
 
 @pytest.fixture(scope="module")
