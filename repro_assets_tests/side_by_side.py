@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-CLAIMS = "REPRO_TEST_CLAIMS"
+CLAIMS = "PYTEST_SIDE_BY_SIDE"  # not REPRO_…: conftest.py removes those
 HALVES = 2
 #: begun first, so that no half ends with one of them alone; a name that is gone does no harm
 LONGEST = ("test_ui.py", "test_whole.py", "test_program.py", "test_executor.py", "test_cli.py", "test_embedded.py", "test_lake_faults.py")
