@@ -107,7 +107,7 @@ def _keys(bench: "Bench") -> str:
 
 
 def _hardware(_bench: "Bench") -> str:
-    from repro_assets.trust.environment import hardware_class
+    from repro_assets.trust.hardware import hardware_class
 
     return hardware_class()
 

@@ -14,7 +14,8 @@ from repro_assets.shelf import SHARED_ASSETS, MissingDocument, Shelf
 from repro_assets.stage import SECTIONS
 from repro_assets.trust.canonical import digest, sha256
 from repro_assets.trust.closure import Closure
-from repro_assets.trust.environment import hardware_class, lock_bytes
+from repro_assets.trust.environment import lock_bytes
+from repro_assets.trust.hardware import hardware_class
 from repro_assets.trust.memo import differing
 from resources.lake import Lake
 

@@ -25,7 +25,7 @@ from repro_assets.shelf import folder
 from repro_assets.stage import SCRATCH, TERMINAL, Stage
 from repro_assets.trust.blob import Blob
 from repro_assets.trust.canonical import digest
-from repro_assets.trust.environment import gpus, hardware_class
+from repro_assets.trust.hardware import gpus, hardware_class
 from repro_assets.trust.signing import sign
 from repro_assets.trust.statements import CHECKPOINT, descriptor, provenance, test_result
 from resources.gpu import TRUST, Event, Executor, Job, Outcome

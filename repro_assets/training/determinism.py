@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repro_assets.training.job import TrainingError
+from repro_assets.trust.hardware import cpu, gpu_class
 
 #: must be in the environment before CUDA or NCCL start
 ENVIRONMENT = {
@@ -89,11 +90,8 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def hardware(device: torch.device) -> str:
-    """The class of hardware whose bits agree: GPU model, or CPU vector capability."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
-    return "cpu-" + torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
+    """The class of hardware whose bits agree, under the name that memo keys use for it."""
+    return gpu_class(torch.cuda.get_device_name(device)) if device.type == "cuda" else cpu().capability
 
 
 @contextmanager
