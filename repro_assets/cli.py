@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from repro_assets.terminal import FINDING, GOOD, UNREACHABLE, WRONG_USE, Failure, Output, Program, code_of_name, command
+from repro_assets.terminal import FINDING, GOOD, UNREACHABLE, WRONG_USE, Failure, Output, Program, code_of_name, command, low_disk
 
 if TYPE_CHECKING:
+    from dagster import DagsterInstance
+
     from repro_assets.bench import Bench
     from repro_assets.running import Ran
 
@@ -77,18 +79,23 @@ def up(out: Output) -> None:
 
     where = servers.up(progress=lambda said: click.echo(said, err=True))
     if (where.home / "dagster" / "dagster.yaml").exists():
-        _settle(out)
+        from repro_assets import running
+        from resources.lake import Lake
+
+        with running.open_instance() as instance:
+            _settle(out, instance)
+        for branch in Lake.connect(where).clean():
+            out.say(f"removed transaction {branch}, which a dead writer left")
     out.say(f"lakeFS {where.lakefs_endpoint}   S3 {where.s3_endpoint}   state {where.home}")
     out.result({"lakefs": where.lakefs_endpoint, "s3": where.s3_endpoint, "home": str(where.home)})
 
 
-def _settle(out: Output) -> None:
+def _settle(out: Output, instance: "DagsterInstance") -> None:
     """Runs whose process is gone would be shown as running for ever."""
-    from repro_assets import abandoned, running
+    from repro_assets import abandoned
 
-    with running.open_instance() as instance:
-        for run in abandoned.settle(instance):
-            out.say(f"run {run} was abandoned by its process: marked as failed")
+    for run in abandoned.settle(instance):
+        out.say(f"run {run} was abandoned by its process: marked as failed")
 
 
 @main.command()
@@ -243,6 +250,7 @@ def materialize(
     tags = {name: "true" for name, on in flags.items() if on}
     runs = []
     with running.open_instance() as instance:
+        _settle(out, instance)
         if key:
             key = _key(made, key)
         if shared or (not chosen and (key is None or _shared_missing(made))):
@@ -268,16 +276,34 @@ def _told(out: Output, runs: list["Ran"]) -> int:
     for ran in runs:
         for check in ran.failed_checks:
             out.say(f"check failed: {check}")
+        for warning in ran.warnings:
+            out.say(f"warning: {warning}")
+    told = {ran.run_id: _failure(ran) for ran in runs}
     listed = [
-        {"run_id": ran.run_id, "success": ran.success, "failed_checks": ran.failed_checks, "failure": ran.failure, "error": ran.error}
+        {
+            "run_id": ran.run_id,
+            "success": ran.success,
+            "failed_checks": ran.failed_checks,
+            "warnings": ran.warnings,
+            "failure": told[ran.run_id],
+            "error": ran.error,
+        }
         for ran in runs
     ]
     out.result({"runs": listed, "assets": rows})
     for ran in runs:
         if not ran.success:
-            click.echo(f"repro: {ran.failure or 'the run failed'}", err=True)
+            click.echo(f"repro: {told[ran.run_id]}", err=True)
             return code_of_name(ran.error) if ran.error else FINDING
     return FINDING if any(ran.failed_checks for ran in runs) else GOOD
+
+
+def _failure(ran: "Ran") -> str:
+    """Why a run failed, in words; empty when it did not."""
+    if ran.success:
+        return ""
+    full = low_disk() if ran.error and code_of_name(ran.error) == UNREACHABLE else ""
+    return (ran.failure or "the run failed") + full
 
 
 def _shared_missing(made: "Bench") -> bool:
@@ -608,10 +634,11 @@ def recipe_show(out: Output, recipe: str | None) -> None:
 @command
 def dev(out: Output) -> None:
     """The Dagster UI and its daemon until Ctrl-C. The lakeFS and S3 servers keep running: `repro down` stops them."""
-    from repro_assets import services
+    from repro_assets import running, services
 
     bench()
-    _settle(out)
+    with running.open_instance() as instance:
+        _settle(out, instance)
     with services.running() as ui:
         out.say(
             f"Dagster UI  {ui.url}\nAll automation ships stopped: start sensors and schedules on the Automation page. Ctrl-C ends the UI."

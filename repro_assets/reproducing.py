@@ -12,7 +12,7 @@ from typing import Any
 import dagster as dg
 import msgspec
 
-from repro_assets import running
+from repro_assets import certified, running
 from repro_assets.bench import Bench
 from repro_assets.documents import Document
 from repro_assets.nodes import RANKS
@@ -125,7 +125,7 @@ def _certify(
     earned = grade(parts, *runs)
     first = first_difference(parts)
     words = explain(shelf.blobs, first) if first else ""
-    subjects = {f"documents/{asset}": document.digest for asset, document in originals.items()}
+    subjects = {f"{certified.SUBJECT}{asset}": document.digest for asset, document in originals.items()}
     recorded = shelf.blobs.put_bytes(canonical(capture()))
     statement = certificate(
         subjects,
@@ -141,8 +141,8 @@ def _certify(
     snapshot = shelf.snapshot(key)
     commit = bench.lake.client.write(
         snapshot.branch,
-        f"snapshots/{key}/{recipe}/certificates/{envelope.sha256[:12]}",
-        {"certificate.dsse.json": envelope, "environment.json": recorded},
+        f"snapshots/{key}/{recipe}/{certified.FOLDER}/{envelope.sha256[:12]}",
+        {certified.ENVELOPE: envelope, certified.ENVIRONMENT: recorded},
         message=f"certificate {earned or 'none: it differs'} for {key} ({recipe})",
         metadata={"asset": "certificate", "snapshot": key, "recipe": recipe, "grade": earned or "none", "run": run_id},
     ).commit

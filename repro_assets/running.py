@@ -30,6 +30,7 @@ class UnknownAsset(ValueError):
 class Ran:
     """One run: whether it succeeded, what each asset reported, how long its step took, and the first failure in words.
 
+    `failed_checks` are findings; `warnings` are checks that failed with severity WARN, which change no exit code.
     `error` is the full name of the failure's class, by which `terminal.py` knows the exit code; empty when nothing failed.
     """
 
@@ -38,6 +39,7 @@ class Ran:
     assets: dict[str, dict[str, Any]]
     seconds: dict[str, float]
     failed_checks: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
     failure: str = ""
     error: str = ""
 
@@ -108,6 +110,7 @@ def materialize(
 def _ran(done: dg.ExecuteInProcessResult) -> Ran:
     found: dict[str, dict[str, Any]] = {}
     checks: list[str] = []
+    warnings: list[str] = []
     failure = error = ""
     seconds: dict[str, float] = {}
     for event in done.all_events:
@@ -118,14 +121,15 @@ def _ran(done: dg.ExecuteInProcessResult) -> Ran:
             name = materialization.asset_key.to_user_string()
             found[name] = {label: value.value for label, value in materialization.metadata.items()}
         elif event.event_type_value == "ASSET_CHECK_EVALUATION":
-            check = event.event_specific_data
-            if not check.passed:  # type: ignore[union-attr]
-                checks.append(f"{check.asset_key.to_user_string()}: {check.check_name}: {check.description}")  # type: ignore[union-attr]
+            check = event.asset_check_evaluation_data
+            if not check.passed:
+                worst = checks if check.severity is dg.AssetCheckSeverity.ERROR else warnings
+                worst.append(f"{check.asset_key.to_user_string()}: {check.check_name}: {check.description}")
         elif event.is_step_failure and not failure:
             error, failure = _failure(event.step_failure_data.error)
     if not done.success and not failure:
         failure = "the run failed before its first step; see its page in the UI"
-    return Ran(done.run_id, done.success, found, seconds, tuple(checks), failure, error)
+    return Ran(done.run_id, done.success, found, seconds, tuple(checks), tuple(warnings), failure, error)
 
 
 def _failure(error: Any) -> tuple[str, str]:

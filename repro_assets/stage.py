@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import dagster as dg
 import msgspec
+from pydantic import PrivateAttr
 
 from repro_assets import raw, story
 from repro_assets.bench import Bench
@@ -22,8 +23,10 @@ from repro_assets.recipe import Loaded, Recipe
 from repro_assets.shelf import SHARED_ASSETS, MissingDocument, Shelf, Snapshot, folder
 from repro_assets.trust.canonical import digest, sha256
 from repro_assets.trust.closure import Closure
-from repro_assets.trust.environment import hardware_class, lock_bytes
+from repro_assets.trust.environment import lock_bytes
+from repro_assets.trust.hardware import hardware_class
 from repro_assets.trust.memo import differing
+from resources.errors import StorageError
 from resources.lake import DAGSTER_LINK, SHARED
 
 R = TypeVar("R", bound=Result)
@@ -58,6 +61,7 @@ class Stages(dg.ConfigurableResource):
     """Opens a stage for an asset of the run. One per Dagster process; everything it needs is on the bench."""
 
     bench: dg.ResourceDependency[Bench]
+    _clean: bool = PrivateAttr(default=False)
 
     def begin(
         self,
@@ -77,6 +81,7 @@ class Stages(dg.ConfigurableResource):
         """
         stage = Stage(kind, context, self.bench)
         stage._pin()
+        self._remove_left_over(stage)
         for need in needs:
             stage._take(need)
         for other in shared:
@@ -85,6 +90,17 @@ class Stages(dg.ConfigurableResource):
         stage._key_on = {need.asset for need in (needs + shared if key_on is None else key_on)}
         stage._hardware = {"hardware": hardware_class(), "lock": sha256(lock_bytes() or b"")} if on_hardware else {}
         return stage
+
+    def _remove_left_over(self, stage: "Stage[Any]") -> None:
+        """Once a run: transactions of writers that died long ago. Who may not delete them can still work."""
+        if self._clean:
+            return
+        self._clean = True
+        try:
+            for branch in self.bench.lake.client.clean():
+                stage.log.info(f"{stage.asset}: removed transaction {branch}, which a dead writer left")
+        except StorageError as error:
+            stage.log.warning(f"{stage.asset}: transactions of dead writers stay behind: {error}")
 
 
 class Stage(Generic[R]):

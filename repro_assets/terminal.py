@@ -7,14 +7,19 @@ import errno
 import importlib
 import json
 import os
+import shutil
+import sqlite3
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from resources.settings import home_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,6 +78,7 @@ CODES: dict[int, tuple[str, ...]] = {
     ),
 }
 _BY_NAME = {name: code for code, names in CODES.items() for name in names}
+LOW_BYTES = 32 << 20  # below this an embedded server that answers with errors is taken for one whose disk is full
 HINT = "this is not a failure the project knows: the lines above say where it happened. `repro doctor` looks at servers, keys and disk"
 
 
@@ -103,13 +109,37 @@ def explained(error: BaseException) -> tuple[int, str] | None:
     """Exit code and message of a known failure, None for one that deserves its traceback."""
     if isinstance(error, Failure):
         return error.code, str(error)
+    if (full := _full_disk(error)) is not None:
+        return UNREACHABLE, full
     code = code_of(type(error))
     if code is None:
         return None
     message = str(error) or type(error).__name__
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        message += ": free some space, or choose another place with REPRO_HOME or TMPDIR; nothing was committed"
-    return code, message
+    return code, message + (low_disk() if code == UNREACHABLE else "")
+
+
+def _full_disk(error: BaseException) -> str | None:
+    """What to say when `error`, or what it came from, is a full disk. Dagster's event log, which lies on SQLite, tells it in words only."""
+    inner: BaseException | None = error
+    for _ in range(10):
+        if isinstance(inner, OSError) and inner.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"{inner}: free some space, or choose another place with REPRO_HOME or TMPDIR; nothing was committed"
+        if isinstance(inner, sqlite3.OperationalError) and str(inner) in ("disk I/O error", "database or disk is full"):
+            folder = Path(os.environ.get("DAGSTER_HOME") or home_folder())
+            return (
+                f"Dagster cannot write its event log in {folder} ({inner}; {shutil.disk_usage(folder).free >> 20} MiB are free there): free "
+                "some space, or choose another place with REPRO_HOME; then the same command goes on, nothing half done is left"
+            )
+        inner = inner and (inner.__cause__ or inner.__context__)
+    return None
+
+
+def low_disk() -> str:
+    """What an unreachable server's message lacks when the disk of the home folder is full; empty when it is not."""
+    home = home_folder()
+    if not home.exists() or (free := shutil.disk_usage(home).free) >= LOW_BYTES:
+        return ""
+    return f". The disk of {home} has {free >> 20} MiB free: free some space first, or choose another place with REPRO_HOME"
 
 
 class Output:

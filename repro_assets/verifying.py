@@ -11,6 +11,7 @@ import msgspec
 
 from repro_assets import raw
 from repro_assets.bench import Bench
+from repro_assets.certified import Certificates
 from repro_assets.documents import KINDS, Document, DocumentError, RawFile
 from repro_assets.health import Finding
 from repro_assets.inspecting import Inspector
@@ -50,7 +51,7 @@ class Verifier:
         self.shared: dict[str, Any] = {}
 
     def findings(self, deep: bool = False) -> Iterator[Finding]:
-        """Document by document in graph order, then releases; `deep` hashes the raw objects again too."""
+        """Document by document in graph order, then releases and certificates; `deep` hashes the raw objects again too."""
         for asset in KINDS:
             if asset not in SHARED_ASSETS:
                 yield from self._asset(asset)
@@ -62,6 +63,9 @@ class Verifier:
             )
         yield from self._shared()
         yield from self._releases()
+        now = {asset: document.digest for asset, document in self.documents.items()}
+        trust = self.bench.signing.trust
+        yield from Certificates(self.lake, self.blobs, trust, self.head, self.key, self.recipe).findings(now)
         if deep and "raw_snapshot" in self.documents:
             yield from self._raw(self.documents["raw_snapshot"].result.files_listed)
 

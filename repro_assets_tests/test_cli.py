@@ -147,6 +147,11 @@ def test_an_interrupt_says_that_nothing_is_lost(monkeypatch: pytest.MonkeyPatch)
         (["import", "/no/such place"], ["/no/such place: no such file or folder"]),
         (["import", "{data}", "--to", "_lakefs_x"], ["hooks under _lakefs", "rename"]),
         (["commit-raw", "-m", "x"], ["nothing is staged on the branch raw"]),
+        (["reproduce"], ["Missing option '--snapshot'"]),
+        (["reproduce", "-s", "newest", "--ranks", "0"], ["0 is not in the range x>=1"]),
+        (["reproduce", "-s", "20200101-000000-0123456789ab"], ["no raw commit made the snapshot", "repro snapshots"]),
+        (["rollback", "1"], ["Missing option '--reason'"]),
+        (["rollback", "0", "-m", "x"], ["0 is not in the range x>=1"]),
         (["rollback", "99", "-m", "x"], ["there is no release 99", "none yet"]),
         (["recipe", "show", "-r", "/nowhere.yaml"], ["/nowhere.yaml: no such recipe", "--recipe"]),
         (["snapshots", "-r", "{typo}"], ["typo.yaml:10", "unknown key `records.quarantine_limt`", "did you mean `quarantine_limit`"]),
@@ -157,6 +162,11 @@ def test_wrong_use_is_told_in_one_message_with_the_remedy(made: Prepared, argume
     data = made.graph.folder / "import"
     typo = made.graph.recipe("typo", RECIPE.replace("quarantine_limit", "quarantine_limt"))
     refused(repro(*(part.format(data=data, typo=typo) for part in arguments), "--json"), WRONG_USE, *words)
+
+
+def test_a_snapshot_that_was_never_made_whole_cannot_be_reproduced(made: Prepared) -> None:
+    refused(repro("reproduce", "-s", made.key, "--json"), FINDING, "was never made", f"run `repro materialize --snapshot {made.key}`")
+    assert not list(made.graph.bench().lake.client.branches("scratch-", hidden=True))
 
 
 def test_a_broken_variable_is_named(made: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +204,7 @@ def test_from_files_to_a_verified_snapshot_in_json(made: Prepared, tmp_path: Pat
     ran = repro("materialize", "-s", "newest", "--select", ",".join(DATA), "--json")
     assert ran.code == GOOD, ran
     assert set(ran.json) == {"runs", "assets"}
-    assert set(ran.json["runs"][0]) == {"run_id", "success", "failed_checks", "failure", "error"}
+    assert set(ran.json["runs"][0]) == {"run_id", "success", "failed_checks", "warnings", "failure", "error"}
     assert [set(row) for row in ran.json["assets"]] == [{"asset", "data_version", "commit", "executed", "seconds"}] * 4
     again = repro("materialize", "-s", key, "--select", ",".join(DATA), "--json")
     assert [row["executed"] for row in again.json["assets"]] == [False] * 4

@@ -1,5 +1,6 @@
 """The whole chain for real, small: two instances agree, a reproduction certifies, a forgery does not, a release can be rolled back."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from repro_assets import promoting, reproducing
+from repro_assets import reproducing
 from repro_assets.documents import KINDS
-from repro_assets.releases import ReleaseError, Releases
+from repro_assets.releases import Releases
 from repro_assets.shelf import SHARED_ASSETS, folder
 from repro_assets.stage import NO_MEMO
+from repro_assets.terminal import FINDING, GOOD, WRONG_USE
 from repro_assets.trust.blob import Blob
+from repro_assets.trust.certificates import Difference
+from repro_assets.trust.hardware import hardware_class
 from repro_assets.trust.statements import CERTIFICATE
-from repro_assets.trust.verification import verify
-from repro_assets_tests.graph import Graph, jsonl, tickets
-from repro_assets_tests.world import Prepared, apart, prepared
+from repro_assets.trust.verification import encode_trust, load_trust, verify
+from repro_assets_tests.graph import RECIPE, Graph, jsonl, tickets
+from repro_assets_tests.world import Prepared, apart, prepared, repro
 from resources.settings import Connections
 
 CHAIN = tuple(asset for asset in KINDS if asset not in SHARED_ASSETS)
@@ -53,22 +57,31 @@ def test_a_reproduction_with_another_number_of_ranks_earns_r4_and_leaves_the_sna
     """S0.45, S3.16: executed again without the memo, every digest compared, signed."""
     was = digests(world.graph, world.key)
     bench = world.graph.bench(world.recipe)
-    proof = reproducing.reproduce(world.graph.instance, bench, world.key, recipe=str(world.recipe), ranks=2)
-    assert proof.first_in_words == ""
-    assert proof.grade == "R4"
-    assert {part.scope: len(part.differences) for part in proof.parts} == {"data": 0, "training": 0}
-    assert proof.was is not None
-    assert proof.now is not None
-    assert (proof.was.world_size, proof.now.world_size) == (1, 2)
+    answer = repro("reproduce", "-s", world.key, "--ranks", "2")
+    assert answer.code == GOOD, answer
+    said = re.search(
+        r"^data: (\d+) digests compared, 0 differ\ntraining: (\d+) digests compared, 0 differ\ncertificate R4: ([0-9a-f]{64})$",
+        answer.out,
+        re.MULTILINE,
+    )
+    assert said is not None, answer.out
     assert digests(world.graph, world.key) == was
     statement = verify(
-        bench.blobs.store.get_bytes(proof.certificate.sha256),
+        bench.blobs.store.get_bytes(said[3]),
         trust=bench.signing.trust,
         role="builder",
         predicate_type=CERTIFICATE,
         subjects=was["qlora_checkpoint"],
     )
     assert statement["predicate"]["grade"] == "R4"
+    assert [str(part["compared"]) for part in statement["predicate"]["parts"]] == [said[1], said[2]]
+    assert (statement["predicate"]["original"]["world_size"], statement["predicate"]["reexecution"]["world_size"]) == (1, 2)
+    verified = {item["what"]: item for item in repro("verify", "-s", world.key, "--json").json["findings"]}
+    found = verified[f"certificates/{said[3][:12]}/certificate.dsse.json"]
+    assert found["good"]
+    assert found["seen"].startswith(
+        "grade R4: whole training bit-equal with another world size, backend or hardware; signed for 8 documents"
+    )
     assert not list(bench.lake.client.branches("scratch-", hidden=True))
 
 
@@ -92,15 +105,17 @@ def test_a_planted_one_byte_forgery_gets_no_certificate_and_is_named_down_to_the
 
     commit(fake)
     try:
-        proof = reproducing.reproduce(world.graph.instance, bench, world.key, recipe=str(world.recipe), ranks=1)
+        answer = repro("reproduce", "-s", world.key, "--ranks", "1", "--json")
     finally:
         commit(document)
-    assert proof.grade is None
-    assert proof.first is not None
-    assert any("adapter_model.safetensors" in difference.name for part in proof.parts for difference in part.differences)
-    assert "tensor base_model" in reproducing.explain(
-        store, next(d for part in proof.parts for d in part.differences if d.name == f"qlora_checkpoint/adapter/{name}")
-    )
+    assert answer.code == FINDING, answer
+    assert set(answer.json) == {"grade", "parts", "first", "first_in_words", "certificate", "commit", "run", "was", "now"}
+    assert answer.json["grade"] is None
+    assert answer.json["first_in_words"].startswith(answer.json["first"]["name"])
+    differing = [msgspec.convert(found, Difference) for part in answer.json["parts"] for found in part["differences"]]
+    assert "tensor base_model" in reproducing.explain(store, next(d for d in differing if d.name == f"qlora_checkpoint/adapter/{name}"))
+    said = {item["what"]: item["seen"] for item in repro("verify", "-s", world.key, "--json").json["findings"]}
+    assert "the re-execution differs" in said[f"certificates/{answer.json['certificate']['sha256'][:12]}/certificate.dsse.json"]
 
 
 def test_the_release_on_main_holds_adapter_chain_and_signed_decision_and_a_second_run_adds_none(world: Prepared) -> None:
@@ -148,14 +163,21 @@ def test_training_is_recalled_when_only_the_bundle_is_new(world: Prepared, monke
     assert ran.assets["qlora_checkpoint"]["executed"] == "no, recalled from the memo"
 
 
+def test_results_and_memo_keys_name_the_hardware_alike(world: Prepared) -> None:
+    """S0.28: what the programs say they ran on is what a later run looks up."""
+    for asset in ("qlora_checkpoint", "eval_results"):
+        document = world.graph.document(world.key, asset)
+        assert document.result.hardware == document.made.components["hardware"] == hardware_class()
+
+
 def test_a_rollback_is_a_new_release_that_restores_an_earlier_one(world: Prepared) -> None:
     """S1.54, S1.55: main only moves forward; what is restored is verified anew, and an older snapshot never replaces a newer release."""
     bench = world.graph.bench(world.recipe)
     releases = Releases(bench.lake.client, bench.blobs.store)
-    with pytest.raises(ReleaseError, match="in force already"):
-        promoting.roll_back(releases, bench.signing, 1, "because")
-    with pytest.raises(ReleaseError, match="there is no release 7; releases: 1"):
-        promoting.roll_back(releases, bench.signing, 7, "because")
+    for number, words in ((1, "in force already"), (7, "there is no release 7; releases: 1")):
+        answer = repro("rollback", number, "-m", "because", "--json")
+        assert answer.code == WRONG_USE
+        assert words in answer.json["error"]
     newer = world.graph.import_({"b.jsonl": jsonl(tickets(30, start=900))})
     ran = world.graph.run(newer, CHAIN, world.recipe)
     assert ran.success, ran.failure
@@ -164,11 +186,27 @@ def test_a_rollback_is_a_new_release_that_restores_an_earlier_one(world: Prepare
     assert older.assets["promotion"]["done"].startswith(
         ("already release 1", "would promote; not released: release 2 is of the newer snapshot")
     )
-    release, commit = promoting.roll_back(releases, bench.signing, 1, "answers got worse")
-    assert (release.number, release.kind, release.restores) == (3, "rollback", 1)
+    trust = load_trust(bench.signing.trust_file)
+    keys = {key_id: key for key_id, key in trust.keys.items() if "approver" not in key.roles}
+    bench.signing.trust_file.write_bytes(encode_trust(msgspec.structs.replace(trust, keys=keys)))
+    try:
+        answer = repro("rollback", 1, "-m", "answers got worse", "--json")
+    finally:
+        bench.signing.trust_file.write_bytes(encode_trust(trust))
+    assert answer.code == FINDING, "the decision of release 1 no longer verifies"
+    assert "not in the trust configuration" in answer.json["error"]
+    assert len(releases.all()) == 2
+    answer = repro("rollback", 1, "-m", "answers got worse", "--json")
+    assert answer.code == GOOD, answer
+    release = releases.get(3)
+    assert (release.number, release.kind, release.restores, release.reason) == (3, "rollback", 1, "answers got worse")
+    assert answer.json == {**msgspec.to_builtins(release), "commit": bench.lake.client.head("main")}
     assert releases.in_force("small") == release
     assert release.adapter == releases.get(1).adapter != releases.get(2).adapter
-    assert bench.lake.client.head("main") == commit
+    answer = repro("rollback", 2, "-m", "it was right after all")
+    assert answer.out == f"release 4 restores release 2; commit {bench.lake.client.head('main')[:12]} on main\n"
+    kinds = [row["kind"] for row in repro("releases", "--json").json["releases"]]
+    assert kinds == ["promotion", "promotion", "rollback to 1", "rollback to 2"]
 
 
 def test_no_memo_trains_again_and_finds_the_same_adapter(world: Prepared) -> None:
@@ -180,3 +218,14 @@ def test_no_memo_trains_again_and_finds_the_same_adapter(world: Prepared) -> Non
     now = world.graph.document(world.key, "qlora_checkpoint")
     assert now.digest == was.digest
     assert now.observed.job != was.observed.job
+
+
+def test_a_gate_that_refuses_ends_materialize_with_a_finding(world: Prepared) -> None:
+    """The run did its work, the decision is hold: exit code 1 with the gate's reason, for whoever scripts it."""
+    demanding = RECIPE.replace("{name}", "small").replace("margin: 0.2", "margin: 0.2, minimum: 1.0")
+    answer = repro("materialize", "-s", world.key, "--select", "promotion", "-r", world.graph.recipe("demanding", demanding), "--json")
+    assert answer.code == FINDING, answer
+    (ran,) = answer.json["runs"]
+    assert ran["success"]
+    assert ran["failed_checks"][0].startswith("promotion: gates_pass: ")
+    assert world.graph.document(world.key, "promotion").result.decision == "hold"

@@ -124,8 +124,9 @@ class Client:
                 reason = f"{type(error).__name__}: {error}"
             elapsed = time.monotonic() - started
             if attempt == limit or elapsed > self.patience.total:
+                because = " because its object store failed" if "operation error S3" in reason else ""
                 raise Unavailable(
-                    f"lakeFS at {self.endpoint} did not {what} ({attempt} attempts in {elapsed:.1f} s; last: {reason}). "
+                    f"lakeFS at {self.endpoint} did not {what}{because} ({attempt} attempts in {elapsed:.1f} s; last: {reason}). "
                     "`repro status` shows whether the servers run, `repro up` starts the embedded ones; then do the same again: "
                     "repeated writes are safe"
                 ) from cause
