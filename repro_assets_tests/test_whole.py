@@ -109,6 +109,7 @@ def test_a_planted_one_byte_forgery_gets_no_certificate_and_is_named_down_to_the
     finally:
         commit(document)
     assert answer.code == FINDING, answer
+    assert "error" not in answer.json, answer.err
     assert set(answer.json) == {"grade", "parts", "first", "first_in_words", "certificate", "commit", "run", "was", "now"}
     assert answer.json["grade"] is None
     assert answer.json["first_in_words"].startswith(answer.json["first"]["name"])
