@@ -330,9 +330,7 @@ class RecordsObserved(Observed):
     since: Since | None
 
     def files(self) -> dict[str, Blob]:
-        parts = {
-            f"parsed/{path}/{number:05d}": part for path, file in self.parsed.items() for number, part in enumerate(file.parts)
-        }
+        parts = {f"parsed/{path}/{number:05d}": part for path, file in self.parsed.items() for number, part in enumerate(file.parts)}
         return {f"{name}.{kind}": getattr(part, kind) for name, part in parts.items() for kind in ("columns", "text")}
 
 

@@ -129,7 +129,18 @@ def eval_suites(result: d.EvalSuites, observed: d.SharedObserved) -> dict[str, A
 
 
 def records(result: d.Records, observed: d.RecordsObserved) -> dict[str, Any]:
-    counted = ("files", "read", "kept", "augmented", "quarantined", "duplicates", "near_duplicates", "contaminated", "sensitive", "unsampled")
+    counted = (
+        "files",
+        "read",
+        "kept",
+        "augmented",
+        "quarantined",
+        "duplicates",
+        "near_duplicates",
+        "contaminated",
+        "sensitive",
+        "unsampled",
+    )
     rows = (
         {
             "source": count.match,

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repro_assets.data import Progress, leaves, lines
+from repro_assets.data.engines import EngineMismatch
 from repro_assets.data.errors import DataError, LeafError
 from repro_assets.data.leaves import Leaf
 from repro_assets.data.lines import Record
@@ -70,27 +71,18 @@ def build(
     Records longer than max_tokens are cut and counted; records without a trained token are in the quarantine blob.
     """
     started = time.monotonic()
-    task = Tokenise(base_model, section, store)
-    engine = task.codec.engine()
-    known = _Known(previous, base_model, engine, task.codec.width, store)
-    taken = [known.leaves.get((leaf.split, leaf.blob.sha256)) for leaf in records.leaves]
-    wanted = [leaf for leaf, held in zip(records.leaves, taken, strict=True) if held is None]
-    made = (workers or Serial()).map(task, known.units(wanted, {leaf.blob.sha256 for leaf in records.leaves}))
-    totals = _Totals()
-    for number, held in enumerate(taken, start=1):
-        if held is None:
-            totals.add(next(made), reused=False)
-        else:
-            totals.add(_Made(held[0], held[1], held[0].untrained), reused=True)
-        if progress:
-            progress("leaves", number, len(taken))
-    assert next(made, None) is None, "the map gave more leaves than were asked for"
+    try:
+        totals, task = _mapped(Tokenise(base_model, section, store), records, previous, progress, workers or Serial())
+    except EngineMismatch as mismatch:
+        # Another engine than the reference gave other ids to a record: nothing that it made is kept.
+        refused = Tokenise(base_model, section, store, mismatch.gate)
+        totals, task = _mapped(refused, records, previous, progress, workers or Serial())
     if not totals.entries:
         raise DataError(
             f"none of {len(totals.untrained)} records has a trained token: "
             "look at the chat template, sharding.train_on and sharding.max_tokens"
         )
-    shards = totals.document(engine, base_model, task.codec.width, store)
+    shards = totals.document(task.codec.engine(), base_model, task.codec.width, store)
     observed = ShardsObserved(
         stored=dict(sorted(totals.stored.items())),
         leaves_reused=totals.reused,
@@ -100,6 +92,30 @@ def build(
         seconds=time.monotonic() - started,
     )
     return shards, observed
+
+
+def _mapped(
+    task: "Tokenise",
+    records: Records,
+    previous: tuple[Shards, ShardsObserved] | None,
+    progress: Progress | None,
+    workers: Workers,
+) -> tuple["_Totals", "Tokenise"]:
+    engine = task.codec.engine()
+    known = _Known(previous, task.base_model, engine, task.codec.width, task.store)
+    taken = [known.leaves.get((leaf.split, leaf.blob.sha256)) for leaf in records.leaves]
+    wanted = [leaf for leaf, held in zip(records.leaves, taken, strict=True) if held is None]
+    made = workers.map(task, known.units(wanted, {leaf.blob.sha256 for leaf in records.leaves}))
+    totals = _Totals()
+    for number, held in enumerate(taken, start=1):
+        if held is None:
+            totals.add(next(made), reused=False)
+        else:
+            totals.add(_Made(held[0], held[1], held[0].untrained), reused=True)
+        if progress:
+            progress("leaves", number, len(taken))
+    assert next(made, None) is None, "the map gave more leaves than were asked for"
+    return totals, task
 
 
 class _Totals:
@@ -198,15 +214,16 @@ class _Known:
 
 @dataclass(frozen=True)
 class Tokenise:
-    """The task: one record leaf to its token leaf in the store."""
+    """The task: one record leaf to its token leaf in the store. `refused`: why another engine than the reference is not used."""
 
     base_model: BaseModel
     section: ShardingSection
     store: BlobStore
+    refused: str | None = None
 
     @cached_property
     def codec(self) -> Codec:
-        return load(self.store, self.base_model, self.section.engine)
+        return load(self.store, self.base_model, self.section.engine, self.refused)
 
     @cached_property
     def _held(self) -> dict[str, Leaf]:
@@ -214,7 +231,7 @@ class Tokenise:
 
     def __getstate__(self) -> dict[str, object]:
         """Without the codec: a tokenizer is made in every process for itself."""
-        return {"base_model": self.base_model, "section": self.section, "store": self.store}
+        return {"base_model": self.base_model, "section": self.section, "store": self.store, "refused": self.refused}
 
     def __call__(self, unit: _Unit) -> _Made:
         records = list(lines.decode(self.store.get_bytes(unit.source.blob.sha256)))

@@ -52,6 +52,7 @@ def _begin(task: Callable[[Any], Any]) -> None:
     """In a new worker: keep the task, and end with the parent, since an executor's orphans would wait for work for ever."""
     global _task
     _task = task
+    os.environ["RAYON_NUM_THREADS"] = "1"  # the processes are the parallelism; threads of the tokenizer beside them only get in the way
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

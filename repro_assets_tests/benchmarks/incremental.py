@@ -98,9 +98,13 @@ def main() -> int:
 
         full, *first = run(raw)
         tokens = sum(first[1][0].tokens.values())
-        print(f"{rows:,} records, {sum(p.stat().st_size for p in paths) / 1e6:.0f} MB, {tokens:,} tokens, {how.workers} workers, {how.engine}")
+        print(
+            f"{rows:,} records, {sum(p.stat().st_size for p in paths) / 1e6:.0f} MB, {tokens:,} tokens, {how.workers} workers, {how.engine}"
+        )
         print("| change | seconds | share of the full run | limit | records tokenised | leaves new |\n|---|---|---|---|---|---|")
-        print(f"| everything new | {full:.2f} | 100 % | | {first[1][1].records_new:,} | {first[1][1].leaves_new} of {len(first[1][0].leaves)} |")
+        print(
+            f"| everything new | {full:.2f} | 100 % | | {first[1][1].records_new:,} | {first[1][1].leaves_new} of {len(first[1][0].leaves)} |"
+        )
         made = corpus.Rows()
         changes: dict[str, Callable[[], tuple[Path, int]]] = {
             "unchanged": lambda: (raw, 0),

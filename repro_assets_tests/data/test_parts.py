@@ -77,9 +77,7 @@ def test_nothing_is_read_of_unchanged_files(raw: MakeRaw, store: FolderStore, mo
     assert texts.isdisjoint(got)
 
 
-def test_other_evaluation_items_or_lost_parts_have_the_file_parsed_again(
-    raw: MakeRaw, store: FolderStore, parsed: list[str]
-) -> None:
+def test_other_evaluation_items_or_lost_parts_have_the_file_parsed_again(raw: MakeRaw, store: FolderStore, parsed: list[str]) -> None:
     made = raw({"a.jsonl": jsonl(*questions("a", 20)), "b.jsonl": jsonl(*questions("b", 20))})
     before = made.both(SECTION)
     parsed.clear()
@@ -162,7 +160,10 @@ def test_a_sampled_record_stays_when_others_come(raw: MakeRaw, store: FolderStor
     section = msgspec.structs.replace(SECTION, sources=(msgspec.structs.replace(CHAT, weight=0.3),))
     few, more = (
         {record.id for record in lines.read(store, [leaf.blob for leaf in raw(files).records(section).leaves])}
-        for files in ({"b.jsonl": jsonl(*questions("b", 100))}, {"a.jsonl": jsonl(*questions("a", 50)), "b.jsonl": jsonl(*questions("b", 100))})
+        for files in (
+            {"b.jsonl": jsonl(*questions("b", 100))},
+            {"a.jsonl": jsonl(*questions("a", 50)), "b.jsonl": jsonl(*questions("b", 100))},
+        )
     )
     assert few < more
 
@@ -173,7 +174,9 @@ def test_a_sampled_record_stays_when_others_come(raw: MakeRaw, store: FolderStor
 def test_of_near_duplicates_one_stays_whatever_the_order_and_the_cluster_is_listed(raw: MakeRaw, store: FolderStore) -> None:
     long = "the printer in the office on the third floor prints every page twice and then stops with a red light that never goes out again"
     texts = [long, f"{long} please", f"hello {long}", "something else entirely that nobody else has ever said about any printer at all"]
-    section = msgspec.structs.replace(SECTION, near_duplicates=NearDuplicates(words=3, bands=28, rows=4, similarity=0.6), split=Split(validation=0))
+    section = msgspec.structs.replace(
+        SECTION, near_duplicates=NearDuplicates(words=3, bands=28, rows=4, similarity=0.6), split=Split(validation=0)
+    )
     one = raw({"a.jsonl": jsonl(*map(row, texts))}).records(section)
     other = raw({"a.jsonl": jsonl(*map(row, reversed(texts)))}).records(section)
     assert (one.sources[0].near_duplicates, one.sources[0].kept) == (2, 2)
@@ -234,7 +237,10 @@ def test_augmented_copies_stand_beside_training_records_only_and_are_rebuilt_fro
 
 def test_copies_go_with_an_original_that_goes(raw: MakeRaw) -> None:
     section = msgspec.structs.replace(
-        SECTION, augment=(Augmentation("lowercase", share=1.0),), sources=(msgspec.structs.replace(CHAT, quota=7),), split=Split(validation=0)
+        SECTION,
+        augment=(Augmentation("lowercase", share=1.0),),
+        sources=(msgspec.structs.replace(CHAT, quota=7),),
+        split=Split(validation=0),
     )
     result = raw({"a.jsonl": jsonl(*[row(f"Question {n}") for n in range(30)])}).records(section)
     assert (result.sources[0].kept, result.sources[0].augmented, result.splits["train"]) == (7, 7, 14)
