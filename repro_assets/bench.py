@@ -41,10 +41,11 @@ class LakeResource(dg.ConfigurableResource):
 
         return Lake.connect(self.connections)
 
-    def link(self, ref: str, path: str) -> str:
-        """The page of lakeFS's own UI that shows `path` at `ref`."""
+    def link(self, ref: str, folder: str, name: str = "") -> str:
+        """The page of lakeFS's own UI that shows the folder, or the file `name` in it, at `ref`."""
         where = self.connections
-        return f"{where.lakefs_endpoint}/repositories/{where.repository}/objects?ref={quote(ref)}&path={quote(path)}/"
+        view = "object" if name else "objects"
+        return f"{where.lakefs_endpoint}/repositories/{where.repository}/{view}?ref={quote(ref)}&path={quote(folder)}/{quote(name)}"
 
 
 class BlobsResource(dg.ConfigurableResource):

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar, cast
 
 import dagster as dg
@@ -323,13 +323,15 @@ class Stage(Generic[R]):
             data_version=dg.DataVersion(document.digest),
             metadata={
                 **told,
-                **story.anchors(
-                    document, written, self.branch, self.bench.lake.link(written, folder(self.key, self.recipe.name, self.asset))
-                ),
+                **story.anchors(document, written, self.branch, partial(self.bench.lake.link, written, self._folder)),
                 "executed": "no, recalled from the memo" if recalled else "yes",
             },
             check_results=[self._check(document, differences, recalled)],
         )
+
+    @property
+    def _folder(self) -> str:
+        return folder(self.key, self.recipe.name, self.asset)
 
     def _stands(self, document: Document[R, Any]) -> bool:
         """Whether the branch already says this, made from the same key; another key is written, so that `repro why` compares with it."""
@@ -341,7 +343,7 @@ class Stage(Generic[R]):
         what = self.key or "shared"
         return self.bench.lake.client.write(
             self.branch,
-            folder(self.key, self.recipe.name, self.asset),
+            self._folder,
             files,
             message=f"{self.asset} of {what} ({self.recipe.name})",
             metadata=self.commit_metadata(document),

@@ -4,7 +4,7 @@ Drawing is `pictures.py`; what the numbers mean is said by the documents. Text f
 """
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import dagster as dg
@@ -20,13 +20,16 @@ def of(asset: str, document: d.Document[Any, Any]) -> dict[str, Any]:
     return TELLERS[asset](document.result, document.observed)
 
 
-def anchors(document: d.Document[Any, Any], commit: str, branch: str, link: str) -> dict[str, Any]:
-    """Where the document is and what it was made of: the last lines of every page."""
+def anchors(document: d.Document[Any, Any], commit: str, branch: str, link: Callable[[str], str]) -> dict[str, Any]:
+    """Where the document is and what it was made of: the last lines of every page. `link` gives the address of a file of it, or of its
+    folder for no name."""
+    pages = {name.removesuffix(".html"): dg.MetadataValue.url(link(name)) for name in document.files() if name.endswith(".html")}
     return {
+        **pages,
         "data version": document.digest,
         "lakeFS commit": commit,
         "lakeFS branch": branch,
-        "browse in lakeFS": dg.MetadataValue.url(link),
+        "browse in lakeFS": dg.MetadataValue.url(link("")),
         "made from": table({"input": name, "digest": value} for name, value in document.inputs.items()) if document.inputs else "raw data",
     }
 

@@ -49,6 +49,7 @@ CODES: dict[int, tuple[str, ...]] = {
         "repro_assets.data.errors.TableError",
         "repro_assets.evaluation.policy.PolicyError",
         "repro_assets.evaluation.suites.SuiteError",
+        "repro_assets.expectations.ExpectationsError",
         "repro_assets.importing.CannotImport",
         "repro_assets.partitions.BadKey",
         "repro_assets.recipe.RecipeError",

@@ -51,8 +51,8 @@ def test_digests_are_of_the_bytes_whatever_lakefs_was_told(made: Prepared, commi
     """S0.15, S0.17: SHA-256 and size of every raw file; lakeFS's own checksum of the uploaded one is another."""
     files = reader(made).files(commits["back"], RawSection(include=("tickets/*.txt",)))
     assert [(file.path, file.sha256, file.size, file.format) for file in files] == [
-        ("tickets/linked.txt", sha256(LINKED), len(LINKED), "other"),
-        ("tickets/uploaded.txt", sha256(UPLOADED), len(UPLOADED), "other"),
+        ("tickets/linked.txt", sha256(LINKED), len(LINKED), "txt"),
+        ("tickets/uploaded.txt", sha256(UPLOADED), len(UPLOADED), "txt"),
     ]
     assert made.graph.bench().lake.client.stat(commits["back"], "tickets/uploaded.txt").sha256 is None
 

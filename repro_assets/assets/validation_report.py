@@ -1,8 +1,5 @@
 """The verdict on the shards: rules, drift, sample reproduction. The work is in `repro_assets/data/validation.py`."""
 
-from typing import Any
-from urllib.parse import quote
-
 import dagster as dg
 
 from repro_assets import expectations, promoting
@@ -11,7 +8,6 @@ from repro_assets.assets.shards import shards
 from repro_assets.data import validation
 from repro_assets.documents import BaseModel, DocumentError, EvalSuites, RawSnapshot, Records, Shards, ValidationReport
 from repro_assets.partitions import snapshots
-from repro_assets.shelf import folder
 from repro_assets.stage import Stage, Stages, reproduces
 from repro_assets.trust.closure import closure
 
@@ -34,7 +30,7 @@ def validation_report(context: dg.AssetExecutionContext, stages: Stages) -> dg.M
     if suite is not None:
         stage.depends("expectations", expectations.identity(suite))
     if recalled := stage.recall():
-        return linked(stage, stage.commit(recalled))
+        return stage.commit(recalled)
     before, why = compared_with(stage, reference)
     built = validation.build(
         snapshot=stage.input(RawSnapshot),
@@ -50,7 +46,7 @@ def validation_report(context: dg.AssetExecutionContext, stages: Stages) -> dg.M
         suite=suite,
         progress=stage.progress,
     )
-    return linked(stage, stage.commit(built))
+    return stage.commit(built)
 
 
 def compared_with(stage: Stage[ValidationReport], reference: str | None) -> tuple[ValidationReport | None, str]:
@@ -62,12 +58,3 @@ def compared_with(stage: Stage[ValidationReport], reference: str | None) -> tupl
     except DocumentError as error:
         stage.log.warning(f"validation_report: drift is not judged: the report of the release in force cannot be compared with: {error}")
         return None, "no reference: the report of the release in force has another form; the next release has this one"
-
-
-def linked(stage: Stage[ValidationReport], made: dg.MaterializeResult) -> dg.MaterializeResult:
-    """The materialization with a link to the HTML page in lakeFS, first."""
-    told: dict[str, Any] = dict(made.metadata or {})
-    where = stage.bench.lake.connections
-    path = f"{folder(stage.key, stage.recipe.name, stage.asset)}/report.html"
-    page = f"{where.lakefs_endpoint}/repositories/{where.repository}/object?ref={quote(told['lakeFS commit'])}&path={quote(path)}"
-    return made._replace(metadata={"report": dg.MetadataValue.url(page), **told})

@@ -45,7 +45,8 @@ def path_digests(folder: Path, tokenizer_json: bytes) -> dict[str, str]:
     raw, made, shards, observed = built(store, tokenizer_json, Serial())
     model = base_model_of(store, tokenizer_json, CHATML)
     how = (raw.snapshot, raw.open, made, shards, observed, model, recipe_of(CLEANING), store)
-    report, _observed = validation.build(*how, reference=shards)
+    first, _observed = validation.build(*how)
+    report, _observed = validation.build(*how, reference=first)
     held = [leaf for _entry, leaf in sharding.stored_leaves(shards, observed, store)]
     plan = packing.plan(
         [int(length) for leaf in held for length in leaf.lengths], [name for leaf in held for name in leaf.records], 1024, 7, 0

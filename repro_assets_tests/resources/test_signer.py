@@ -165,6 +165,7 @@ def test_a_trust_file_that_is_not_there_or_not_one_is_named(tmp_path: Path) -> N
         (CryptoSigner.generate_ed25519().private_bytes[:60], "not an unencrypted PKCS#8 PEM"),
         (x25519.X25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), "that can sign"),
     ],
+    ids=["no file", "no key", "half a key", "a key that only agrees"],
 )
 def test_a_key_file_that_cannot_sign_is_named(tmp_path: Path, data: bytes | None, said: str) -> None:
     if data is not None:
