@@ -91,7 +91,7 @@ def _config(files: Mapping[str, bytes]) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-class Observed(Exception):
+class Inspected(Exception):
     """A template did something with a content that depends on what the content is."""
 
 
@@ -108,15 +108,15 @@ class Content(str):
 
     def strip(self, chars: str | None = None) -> "Content":  # type: ignore[override]
         if chars is not None or str.__len__(self) != 1:
-            raise Observed
+            raise Inspected
         return Content(chr(TRIMMED + ord(self) % 0x10000))
 
     def __bool__(self) -> bool:
-        raise Observed
+        raise Inspected
 
 
 def _refuse(*_arguments: Any, **_named: Any) -> Any:
-    raise Observed
+    raise Inspected
 
 
 _KEPT = {"__new__", "__init__", "__class__", "__getattribute__", "__str__", "__add__", "strip", "__setattr__", "__delattr__", "__doc__"}
@@ -138,7 +138,7 @@ def _watched(function: Any) -> Any:
     @functools.wraps(function)
     def watching(*arguments: Any, **named: Any) -> Any:
         if _holds(arguments) or _holds(named):
-            raise Observed
+            raise Inspected
         return function(*arguments, **named)
 
     return watching
@@ -154,7 +154,7 @@ class Symbolic(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, called: Any, /, *arguments: Any, **named: Any) -> Any:
         if _holds(arguments) or _holds(named):
-            raise Observed
+            raise Inspected
         return super().call(context, called, *arguments, **named)
 
 
