@@ -15,7 +15,7 @@ import msgspec
 
 from repro_assets.data.errors import RenderingError
 from repro_assets.data.lines import Message
-from repro_assets.data.templates import ANY, TRIMMED, Content, Observed, Symbolic, environment, traceable
+from repro_assets.data.templates import ANY, TRIMMED, Content, Inspected, Symbolic, environment, traceable
 
 #: the role of a text that no template touches: trained from its first token to the end-of-text token that is put behind it
 TEXT = "text"
@@ -145,7 +145,7 @@ class Renderer:
             trained = self._trained(turns, text, contents, found[2], last_only, symbolic=True)
             frame = _frame(text, slots, trained)
             return frame if frame is not None and self._holds_for_trials(frame, roles, last_only) else None
-        except (Observed, RenderingError):
+        except (Inspected, RenderingError):
             return None
 
     def _holds_for_trials(self, frame: _Frame, roles: tuple[str, ...], last_only: bool) -> bool:
