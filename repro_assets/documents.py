@@ -290,11 +290,12 @@ class Records(Result):
 
 
 class FilePart(Value):
-    """A run of rows of one raw file as they were parsed: `columns` (digests, places, counts) and `text` (their leaf lines)."""
+    """A run of rows of one raw file as they were parsed: `columns` (digests, places, counts), and `text` (their leaf lines) when the rows
+    were parsed on another machine."""
 
     rows: int
     columns: Blob
-    text: Blob
+    text: Blob | None
 
 
 class ParsedFile(Value):
@@ -331,7 +332,8 @@ class RecordsObserved(Observed):
 
     def files(self) -> dict[str, Blob]:
         parts = {f"parsed/{path}/{number:05d}": part for path, file in self.parsed.items() for number, part in enumerate(file.parts)}
-        return {f"{name}.{kind}": getattr(part, kind) for name, part in parts.items() for kind in ("columns", "text")}
+        named = {f"{name}.columns": part.columns for name, part in parts.items()}
+        return {**named, **{f"{name}.text": part.text for name, part in parts.items() if part.text is not None}}
 
 
 # --- shards -------------------------------------------------------------------------------------------------------------------------

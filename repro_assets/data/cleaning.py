@@ -40,6 +40,39 @@ def clean(messages: tuple[Message, ...], section: RecordsSection) -> tuple[tuple
     return (cleaned, tuple(step for step in STEPS if step in done)) if done else (messages, ())
 
 
+def untouched(said: bytes, section: RecordsSection) -> bool:
+    """Whether `clean` would leave the messages of this canonical JSON as they are; False where that is not plain at a glance.
+
+    One pass over the bytes takes out ASCII, and of what is left each character is looked at once in a process."""
+    if section.whitespace != "keep":
+        return False
+    rest = said.translate(None, _ASCII)
+    if not rest:
+        return True
+    if b"\\" in rest and _ESCAPED.search(said):
+        return False
+    text = rest.decode("utf-8")
+    return _HARMLESS.issuperset(text) or _all_harmless(text)
+
+
+_ASCII = bytes({*range(127)} - {ord("\\")})
+_ESCAPED = re.compile(rb"\\[^nrt\"\\]")  # of the characters that JSON escapes, all but these are controls
+_HARMLESS = {"\\"}  # characters seen so far in this process that no step touches, wherever they stand
+
+
+def _all_harmless(text: str) -> bool:
+    for character in set(text) - _HARMLESS:
+        if _ALL.search(character) or not unicodedata.is_normalized("NFC", character) or composes(character):
+            return False
+        _HARMLESS.add(character)
+    return True
+
+
+def composes(character: str) -> bool:
+    """Whether NFC may join it with a character before it: marks, and Hangul vowels and finals."""
+    return unicodedata.category(character) in ("Mn", "Mc", "Me") or "\u1161" <= character <= "\u11c2"
+
+
 def _message(number: int, message: Message, section: RecordsSection, done: set[str]) -> Message:
     content = _characters(message.content, section, done)
     spaced = _spaced(content, section.whitespace)

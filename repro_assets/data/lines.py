@@ -50,10 +50,11 @@ _decoder = msgspec.json.Decoder(Record)
 def identity(messages: tuple[Message, ...]) -> bytes:
     """32 bytes: SHA-256 of the canonical JSON of the messages. Raises UnicodeEncodeError for a lone surrogate."""
     # msgspec escapes strings exactly as RFC 8785 asks and is 25 times faster than a general canonicaliser; a test holds the two equal.
-    return hashlib.sha256(_canonical(messages)).digest()
+    return hashlib.sha256(said_by(messages)).digest()
 
 
-def _canonical(messages: tuple[Message, ...]) -> bytes:
+def said_by(messages: tuple[Message, ...]) -> bytes:
+    """Canonical JSON of the messages."""
     for message in messages:
         if message.name is not None or message.tool_calls is not None:
             return _sorted.encode(messages)
@@ -67,15 +68,15 @@ def make(messages: Iterable[Message], key: str | None, slices: dict[str, str], n
 
 
 def made(
-    messages: tuple[Message, ...], key: str | None, slices: dict[str, str], normalize: Literal["NFC", "none"] = "NFC"
+    messages: tuple[Message, ...], key: str | None, slices: dict[str, str], normalize: Literal["NFC", "none"] = "NFC", said: bytes = b""
 ) -> tuple[Record, bytes]:
-    """The record of turns that are normalised already, and its leaf line; their text is encoded once for both."""
+    """The record of turns that are normalised already, and its leaf line. `said`: their canonical JSON, when the caller has it."""
     if normalize == "NFC":
         key = None if key is None else _nfc(key)
         slices = {label: _nfc(value) for label, value in slices.items()}
     if len(slices) > 1:
         slices = dict(sorted(slices.items(), key=lambda item: item[0].encode("utf-16-be")))
-    said = _canonical(messages)
+    said = said or said_by(messages)
     name = hashlib.sha256(said).hexdigest()
     line = b"".join(
         (
@@ -109,7 +110,7 @@ def encode(record: Record) -> bytes:
     """The record's leaf line, newline included."""
     if all(message.plain for message in record.messages):
         return _encoder.encode(record) + b"\n"
-    row = {"id": record.id, "key": record.key, "messages": msgspec.Raw(_canonical(record.messages)), "slices": record.slices}
+    row = {"id": record.id, "key": record.key, "messages": msgspec.Raw(said_by(record.messages)), "slices": record.slices}
     return _encoder.encode(row) + b"\n"
 
 

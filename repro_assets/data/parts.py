@@ -1,10 +1,13 @@
-"""The map over raw files: each file's rows as columns of digests and places, and their leaf lines as text, both in the blob store.
+"""The map over raw files: each file's rows as columns of digests and places, kept in the blob store, and their leaf lines as text.
 
 A pure function of the file's bytes, the records section and the evaluation items, so that an unchanged file is not parsed again.
 What needs more than one file is `records.py`; reading rows is `readers.py`; the cleaning steps have modules of their own.
 """
 
 import hashlib
+import os
+import struct
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,10 +21,10 @@ from numpy.typing import NDArray
 
 from repro_assets.data import near, readers
 from repro_assets.data.augmenting import augmented
-from repro_assets.data.cleaning import clean
+from repro_assets.data.cleaning import clean, untouched
 from repro_assets.data.contamination import Evaluated
 from repro_assets.data.errors import SourceError
-from repro_assets.data.lines import Message, Record, encode, made, make
+from repro_assets.data.lines import Message, Record, encode, made, make, said_by
 from repro_assets.data.places import ORIGINAL
 from repro_assets.data.sensitive import Finder
 from repro_assets.documents import FilePart, ParsedFile, RawFile
@@ -32,7 +35,6 @@ from repro_assets.trust.canonical import digest
 SPLITS = ("train", "validation")
 BATCH_ROWS, BATCH_BYTES = 256, 4 << 20  # records that the steps that pay by call take at once
 PART = 32 << 20  # bytes of leaf lines in one part: what a worker holds, and what is fetched when a leaf must be written
-FAST = -3  # zstd level of parts: twice the speed of level 1 for a third more bytes; parts are no identity
 
 OpenRaw = Callable[[RawFile], BinaryIO]
 
@@ -120,14 +122,15 @@ class Intake:
 
     def examined(self, row: readers.Row) -> tuple[Record, bytes, tuple[str, ...], dict[str, int]]:
         """(record, its leaf line, cleaning steps that changed it, secrets and personal data by kind). Raises readers.Unfit."""
-        messages, steps = clean(row.messages, self.section)
-        counts: dict[str, int] = {}
+        said, counts = said_by(row.messages), dict[str, int]()
+        messages, steps = (row.messages, ()) if untouched(said, self.section) else clean(row.messages, self.section)
         if self.finder is not None:
             found = self.finder.find(messages)
             if found.drop:
                 raise readers.Unfit("sensitive", ", ".join(f"{kind} ({count})" for kind, count in sorted(found.counts.items())))
             messages, counts = found.messages, found.counts
-        return *made(messages, row.key, row.slices, self.section.normalize), steps, counts
+        same = said if messages is row.messages else b""
+        return *made(messages, row.key, row.slices, self.section.normalize, same), steps, counts
 
     def copies(self, record: Record) -> list[tuple[int, Record]]:
         """Augmented copies of a record of the training split."""
@@ -189,14 +192,23 @@ class _Verified:
             )
 
 
+class Parsed(msgspec.Struct, frozen=True):
+    """What became of a file. `spilled`: the local file of each part's text; empty where the text is in the store."""
+
+    file: ParsedFile
+    spilled: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Parse:
-    """The task: one raw file to its parts in the store."""
+    """The task: one raw file to its parts. Columns go to the store; text to the folder `spill`, which this run alone reads, or to the store
+    too when there is none, for workers on other machines."""
 
     section: RecordsSection
     evaluated: Evaluated
     open_raw: OpenRaw
     store: BlobStore
+    spill: str = ""
 
     @cached_property
     def intake(self) -> Intake:
@@ -206,20 +218,20 @@ class Parse:
         """What the parts of a file depend on beside the section and the code."""
         return digest([file.path, file.sha256, file.format, self.evaluated.digest])
 
-    def __call__(self, file: RawFile) -> ParsedFile:
-        made: list[FilePart] = []
+    def __call__(self, file: RawFile) -> Parsed:
+        made: list[tuple[FilePart, str]] = []
         keyed = self.section.order == "key_hash"
         rows = _Rows(keyed)
         with _Verified(self.open_raw(file), file) as verified:
             for batch in self._batches(file, cast(BinaryIO, verified), rows):
                 self._add(rows, batch)
                 if rows.bytes >= PART:
-                    made.append(rows.store(self.store))
+                    made.append(rows.store(self.store, self.spill))
                     rows.clear()
             verified.finish()
         if rows.read or not made:
-            made.append(rows.store(self.store))
-        return ParsedFile(self.made_from(file), tuple(made))
+            made.append(rows.store(self.store, self.spill))
+        return Parsed(ParsedFile(self.made_from(file), tuple(part for part, _path in made)), tuple(path for _part, path in made))
 
     def _batches(self, file: RawFile, stream: BinaryIO, rows: "_Rows") -> Iterator[list["_Examined"]]:
         """The file's records as they are before other records and evaluation items are looked at; what is none goes to `rows` at once."""
@@ -287,8 +299,8 @@ class _Rows:
     def clear(self) -> None:
         self.text: list[bytes] = []
         self.bytes = self.read = 0
+        self.rows = bytearray()
         self.digests: dict[str, list[bytes]] = {name: [] for name in ("record", "lines", "key", "signature")}
-        self.numbers: dict[str, list[int]] = {name: [] for name in ("line", "offset", "length", "size", "side", "label", "by")}
         self.labels: dict[tuple[tuple[str, str], ...], int] = {}
         self.set_aside: list[Set] = []
         self.cleaned: Counter[str] = Counter()
@@ -298,33 +310,46 @@ class _Rows:
         return len(self.text)
 
     def add(self, one: _Examined, signature: bytes) -> None:
-        row, record = one.row, one.record
+        row, record, line = one.row, one.record, one.line
         if one.counts:
             self.flagged[len(self)] = one.counts
         name = bytes.fromhex(record.id)
-        self.text.append(one.line)
-        self.bytes += len(one.line)
-        key = hashlib.sha256(name if record.key is None else record.key.encode()).digest() if self.keyed else b""
-        for column, value in zip(self.digests.values(), (name, hashlib.sha256(one.line).digest(), key, signature), strict=True):
-            column.append(value)
+        self.text.append(line)
+        self.bytes += len(line)
+        digests = self.digests
+        digests["record"].append(name)
+        digests["lines"].append(hashlib.sha256(line).digest())
+        if self.keyed:
+            digests["key"].append(hashlib.sha256(name if record.key is None else record.key.encode()).digest())
+        if signature:
+            digests["signature"].append(signature)
         label = self.labels.setdefault(tuple(record.slices.items()), len(self.labels))
-        places = (row.line, row.offset, row.length, len(one.line), SPLITS.index(one.split), label, one.by)
-        for numbers, number in zip(self.numbers.values(), places, strict=True):
-            numbers.append(number)
+        self.rows += _PACKED.pack(row.line, row.offset, row.length, len(line), label, one.by, SPLITS.index(one.split))
 
-    def store(self, store: BlobStore) -> FilePart:
+    def store(self, store: BlobStore, spill: str) -> tuple[FilePart, str]:
+        """The part, and the local file of its text if that is not in the store."""
+        rows = np.frombuffer(self.rows, _ROW)
         columns = Columns(
             **{name: b"".join(values) for name, values in self.digests.items()},
-            **{name: np.array(values, COLUMNS[name][0]).tobytes() for name, values in self.numbers.items()},
+            **{name: np.ascontiguousarray(rows[name]).tobytes() for name in _ROW.names or ()},
             labels=tuple(dict(label) for label in self.labels),
             set_aside=tuple(self.set_aside),
             cleaned=dict(self.cleaned),
             flagged=self.flagged,
             read=self.read,
         )
-        pressed = zstandard.ZstdCompressor(level=FAST)
-        blobs = store.put_many([pressed.compress(msgspec.msgpack.encode(columns)), pressed.compress(b"".join(self.text))])
-        return FilePart(len(self), *blobs)
+        pressed = zstandard.ZstdCompressor(level=1)
+        blob = store.put_bytes(pressed.compress(msgspec.msgpack.encode(columns)))
+        if not spill:
+            return FilePart(len(self), blob, store.put_bytes(pressed.compress(b"".join(self.text)))), ""
+        handle, path = tempfile.mkstemp(dir=spill, suffix=".text")
+        with os.fdopen(handle, "wb") as file:
+            file.writelines(self.text)
+        return FilePart(len(self), blob, None), path
+
+
+_PACKED = struct.Struct("<qqqiiiB")
+_ROW = np.dtype([(name, COLUMNS[name][0]) for name in ("line", "offset", "length", "size", "label", "by", "side")])
 
 
 # ---- reading parts back

@@ -28,6 +28,7 @@ from repro_assets.data.rows import (
     lookup,
     mapping,
     parsed,
+    quick,
     shaped,
     text_of,
 )
@@ -210,7 +211,8 @@ def _shape(base: str, source: Source, header: list[str] | None = None) -> Shape:
         return lambda data: ((Message(text_of(decoded(data).removesuffix("\r"), "the text"), TEXT),), None, {})
     if header is not None:
         return lambda data: shaped(_record(data, DELIMITERS[base], header), source, fields)
-    return lambda data: shaped(parsed(data), source, fields)
+    plain = quick(source)
+    return lambda data: plain(data) or shaped(parsed(data), source, fields)
 
 
 def _record(data: bytes, delimiter: str, header: list[str]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing
 from itertools import pairwise
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from repro_assets.data import Progress, diff, near, parts, readers
 from repro_assets.data.chunking import boundaries
 from repro_assets.data.contamination import Evaluated
-from repro_assets.data.errors import DataError, QuarantineError
+from repro_assets.data.errors import DataError, QuarantineError, SourceError
+from repro_assets.data.lines import encode
 from repro_assets.data.parts import SPLITS, OpenRaw, Parse, side, threshold
 from repro_assets.data.places import ORIGINAL, PLACE, Place, places
 from repro_assets.data.workers import Serial, Workers
@@ -124,43 +125,71 @@ class _Table:
 
 
 class _Texts:
-    """Leaf lines by position. A part is fetched and unpacked when one of its rows is first wanted; a few stay in memory, which is enough
-    where leaves are cut in the order of files, and all lie in a temporary file where they are not."""
+    """Leaf lines by position: from the files that this run's workers wrote, else from the part's text in the store, else from the raw file
+    again, row by row and checked against the digest of the line."""
 
     HELD = 3
 
-    def __init__(self, table: _Table, spill: BinaryIO | None) -> None:
-        self.table, self.spill, self.end = table, spill, 0
+    def __init__(self, table: _Table, spilled: dict[int, str], task: Parse) -> None:
+        self.table, self.task = table, task
+        self.files = {number: open(path, "rb") for number, path in spilled.items()}  # noqa: SIM115  closed by `close`
         self.held: dict[int, bytes] = {}
-        self.spilled: dict[int, int] = {}
-        ends = np.cumsum(table.size)
+        self.again: dict[int, bytes] = {}
+        ends = np.cumsum(table.size, dtype=np.int64)
         first = np.concatenate([[0], ends])[table.starts[:-1]] if len(ends) else np.zeros(0, np.int64)
         self.starts = ends - table.size - np.repeat(first, np.diff(table.starts))
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def prepare(self, positions: NDArray[np.int64]) -> None:
+        """Read those rows again that are to be had in no other way; each raw file is opened once."""
+        table = self.table
+        bare = [number for number, (_file, part) in enumerate(table.parts) if number not in self.files and part.text is None]
+        wanted = positions[np.isin(table.part[positions], bare)]
+        for number in sorted({table.file(at) for at in wanted.tolist()}):
+            file = table.files[number]
+            rows: dict[int, list[int]] = {}
+            for at in wanted.tolist():
+                if table.file(at) == number:
+                    rows.setdefault(int(table.line[at]), []).append(at)
+            source = readers.source_for(file.path, self.task.section.sources)
+            places = [(line, int(table.offset[here[0]]), int(table.length[here[0]])) for line, here in rows.items()]
+            for row in readers.again(file.path, file.format, lambda file=file: self.task.open_raw(file), source, places):  # type: ignore[misc]
+                for at in rows[row.line]:
+                    self.again[at] = self._checked(row, at)
+
+    def _checked(self, row: readers.Row | readers.Bad, position: int) -> bytes:
+        try:
+            line = b"" if isinstance(row, readers.Bad) else encode(self.task.intake.record(row, int(self.table.by[position])))
+        except readers.Unfit:
+            line = b""
+        if hashlib.sha256(line).digest() != bytes(self.table.lines[position]):
+            raise SourceError(
+                f"{self.table.where(position)}: the row is not the one that was parsed before from the same bytes: "
+                "the raw object was changed; materialize raw_snapshot again, or restore the object"
+            )
+        return line
 
     def lines(self, positions: NDArray[np.int64]) -> bytes:
         """The lines of these rows, in this order; runs of neighbours are taken at once."""
         part = self.table.part[positions]
         breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(part) != 0)) + 1
         first, last = positions[np.concatenate([[0], breaks])], positions[np.concatenate([breaks - 1, [len(positions) - 1]])]
-        begin, end = self.starts[first], self.starts[last] + self.table.size[last]
-        numbers = self.table.part[first].tolist()
-        return b"".join(self._text(number, *span) for number, *span in zip(numbers, begin.tolist(), end.tolist(), strict=True))
+        return b"".join(self._run(*ends) for ends in zip(first.tolist(), last.tolist(), strict=True))
 
-    def _text(self, number: int, begin: int, end: int) -> bytes:
-        if number in self.spilled and self.spill is not None:
-            return os.pread(self.spill.fileno(), end - begin, self.spilled[number] + begin)
+    def _run(self, first: int, last: int) -> bytes:
+        number = int(self.table.part[first])
+        begin, end = int(self.starts[first]), int(self.starts[last]) + int(self.table.size[last])
+        if number in self.files:
+            return os.pread(self.files[number].fileno(), end - begin, begin)
+        if (stored := self.table.parts[number][1].text) is None:
+            return b"".join(self.again[at] for at in range(first, last + 1))
         if number not in self.held:
             while len(self.held) >= self.HELD:
                 self.held.pop(next(iter(self.held)))
-            text = parts.text(self.table.store.get_bytes(self.table.parts[number][1].text.sha256))
-            if self.spill is None:
-                self.held[number] = text
-            else:
-                self.spill.write(text)
-                self.spill.flush()
-                self.spilled[number] = self.end
-                self.end += len(text)
-                return text[begin:end]
+            self.held[number] = parts.text(self.table.store.get_bytes(stored.sha256))
         return self.held[number][begin:end]
 
 
@@ -300,6 +329,8 @@ def _cut(
             leaves.append(RecordLeaf(split, blob, len(positions), lines))
     # In the order of files whatever the split, so that each part is fetched about once.
     wanted.sort(key=lambda item: int(item[1][0]))
+    if wanted:
+        texts.prepare(np.concatenate([positions for _number, positions in wanted]))
     for first in range(0, len(wanted), BATCH):
         batch = wanted[first : first + BATCH]
         items = [texts.lines(positions) for _number, positions in batch]
@@ -388,12 +419,35 @@ def build(
     started = time.monotonic()
     files = list(snapshot.files_listed)
     ranks = [section.sources.index(readers.checked(readers.source_for(file.path, section.sources))) for file in files]
-    task = Parse(section, Evaluated.build(prompts, section), open_raw, store)
-    parsed, known_files = _parsed(files, task, previous, workers or Serial(), progress)
-    table = _Table(files, ranks, parsed, store)
-    tally = _Tally(section.sources)
-    _told(table, ranks, tally)
-    _limit(tally, section)
+    workers = workers or Serial()
+    with tempfile.TemporaryDirectory(prefix="repro-records-") as spill:
+        task = Parse(section, Evaluated.build(prompts, section), open_raw, store, spill if workers.local else "")
+        parsed, spilled, fresh = _parsed(files, task, previous, workers, progress)
+        table = _Table(files, ranks, parsed, store)
+        tally = _Tally(section.sources)
+        _told(table, ranks, tally)
+        _limit(tally, section)
+        positions, clusters = _chosen(table, tally, section)
+        with closing(_Texts(table, spilled, task)) as texts:
+            leaves, reused = _cut(table, positions, section, _known_leaves(previous, store), store, texts)
+    result = _document(table, tally, positions, clusters, leaves, store)
+    since = _since(previous, result, parsed, files, store)
+    seconds = time.monotonic() - started
+    observed = RecordsObserved(
+        seconds=seconds,
+        megabytes_per_second=snapshot.size / 1e6 / seconds,
+        leaves_known=reused,
+        leaves_new=len(leaves) - reused,
+        files_parsed=fresh,
+        files_known=len(files) - fresh,
+        parsed={file.path: held for file, held in zip(files, parsed, strict=True)},
+        since=since,
+    )
+    return result, observed
+
+
+def _chosen(table: _Table, tally: _Tally, section: RecordsSection) -> tuple[NDArray[np.int64], list[tuple[int, list[int]]]]:
+    """Positions of the records that stay, and the clusters of near duplicates as (kept, dropped) positions."""
     kept = _Kept(table, tally)
     if section.duplicates == "drop":
         kept.duplicates()
@@ -407,47 +461,36 @@ def build(
     for rank, count in enumerate(tally.counts):
         here = table.ranks(positions) == rank
         count.update(kept=int((here & original).sum()), augmented=int((here & ~original).sum()))
-    known = _known_leaves(previous, store)
-    with tempfile.TemporaryFile() if section.order == "key_hash" else nullcontext() as spill:
-        leaves, reused = _cut(table, positions, section, known, store, _Texts(table, cast(BinaryIO | None, spill)))
-    result = _document(table, tally, positions, clusters, leaves, store)
-    since = _since(previous, result, parsed, files, store)
-    seconds = time.monotonic() - started
-    observed = RecordsObserved(
-        seconds=seconds,
-        megabytes_per_second=snapshot.size / 1e6 / seconds,
-        leaves_known=reused,
-        leaves_new=len(leaves) - reused,
-        files_parsed=len(files) - known_files,
-        files_known=known_files,
-        parsed={file.path: held for file, held in zip(files, parsed, strict=True)},
-        since=since,
-    )
-    return result, observed
+    return positions, clusters
 
 
 def _parsed(
     files: list[RawFile], task: Parse, previous: tuple[Records, RecordsObserved] | None, workers: Workers, progress: Progress | None
-) -> tuple[list[ParsedFile], int]:
-    """Every file's parts, and how many files the previous records had parsed already."""
+) -> tuple[list[ParsedFile], dict[int, str], int]:
+    """Every file's parts, the local files of texts by the number of the part, and how many files were parsed."""
     before = previous[1].parsed if previous else {}
-    known = {path: file for path, file in before.items() if file.parts}
-    lost = task.store.missing({blob.sha256 for file in known.values() for part in file.parts for blob in (part.columns, part.text)})
+    lost = task.store.missing({blob.sha256 for file in before.values() for blob in _blobs(file)})
     found: list[ParsedFile | None] = []
     for file in files:
-        held = known.get(file.path)
-        whole = held is not None and held.made_from == task.made_from(file)
-        whole = whole and not any(blob.sha256 in lost for part in held.parts for blob in (part.columns, part.text))  # type: ignore[union-attr]
+        held = before.get(file.path)
+        whole = held is not None and held.made_from == task.made_from(file) and not any(blob.sha256 in lost for blob in _blobs(held))
         found.append(held if whole else None)
     todo = [number for number, held in enumerate(found) if held is None]
-    done = total = sum(file.size for file in files)
-    done -= sum(files[number].size for number in todo)
+    total = sum(file.size for file in files)
+    done = total - sum(files[number].size for number in todo)
+    spilled: dict[int, tuple[str, ...]] = {}
     for number, made in zip(todo, workers.map(task, [files[number] for number in todo]), strict=True):
-        found[number] = made
+        found[number], spilled[number] = made.file, made.spilled
         done += files[number].size
         if progress:
             progress("bytes read", done, total)
-    return cast(list[ParsedFile], found), len(files) - len(todo)
+    parsed = cast(list[ParsedFile], found)
+    paths = [path for number, file in enumerate(parsed) for path in spilled.get(number, ("",) * len(file.parts))]
+    return parsed, {number: path for number, path in enumerate(paths) if path}, len(todo)
+
+
+def _blobs(file: ParsedFile) -> list[Blob]:
+    return [blob for part in file.parts for blob in (part.columns, part.text) if blob is not None]
 
 
 def _told(table: _Table, ranks: list[int], tally: _Tally) -> None:

@@ -26,9 +26,10 @@ WORTHWHILE = 32 << 20  # bytes of input below which starting processes costs mor
 
 
 class Workers(Protocol):
-    """Runs a task over units. `count`: how many run at once."""
+    """Runs a task over units. `count`: how many run at once. `local`: whether they see this machine's files."""
 
     count: int
+    local: bool
 
     def map(self, task: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[Result]:
         """The result of every unit, in order. Task, units and results must pickle, except in `Serial`. Raises what the task raises, and
@@ -40,6 +41,7 @@ class Serial:
     """In this process, one unit at a time."""
 
     count = 1
+    local = True
 
     def map(self, task: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[Result]:
         return map(task, units)
@@ -71,6 +73,8 @@ def _run(unit: Any) -> Any:
 class Spawn:
     """Processes of this machine, spawned: a forked child of a process with threads may dead-lock (polars did). A unit whose worker was
     killed is run again in a new process."""
+
+    local = True
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -116,6 +120,8 @@ class Ray:
 
     The cluster's nodes need this project installed, and are trusted with the credentials for S3 and lakeFS that the task carries.
     """
+
+    local = False
 
     def __init__(self, address: str, count: int = 0) -> None:
         self.address, self.count = address, count or os.cpu_count() or 1

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repro_assets.data.cleaning import clean, strings, without_controls
-from repro_assets.data.lines import Message
+from repro_assets.data.cleaning import clean, composes, strings, untouched, without_controls
+from repro_assets.data.lines import Message, said_by
 from repro_assets.data.readers import Unfit
 from repro_assets.recipe import RecordsSection, Source
 
@@ -114,3 +114,40 @@ def test_strings_in_tool_calls_are_cleaned_and_their_json_stays_canonical() -> N
     assert called.tool_calls == '[{"arguments":{"a":"é","b":[1,true,null,"  x  "]},"name":"f"}]'
     assert answered == Message(content="42", role="tool", name="f")
     assert steps == ("nfc", "controls", "whitespace")
+
+
+# ---- the short cut
+
+
+@given(
+    st.lists(TEXTS.filter(lambda text: not text.isspace() and bool(text)), min_size=1, max_size=3),
+    st.sampled_from(["drop", "keep"]),
+    st.sampled_from(["NFC", "none"]),
+)
+def test_what_is_untouched_at_a_glance_is_what_cleaning_leaves_alone(texts: list[str], controls: str, normalize: str) -> None:
+    how = section(controls=controls, normalize=normalize)
+    messages = tuple(Message(text, "user") for text in texts)
+    if untouched(said_by(messages), how):
+        assert clean(messages, how) == (messages, ())
+
+
+@pytest.mark.parametrize("text", ["plain", "Grüße, naïve", "你好 здравствуй", "emoji 🙂 and 👩‍💻", "a\nb\tc", 'quoted "x" and C:\\new'])
+def test_ordinary_text_is_untouched_at_a_glance(text: str) -> None:
+    assert untouched(said_by((Message(text, "user"),)), section())
+
+
+@pytest.mark.parametrize("text", ["e\u0301", "\u1100\u1161", "\u0915\u093c", "a\x00b", "a\x7fb", "\u202eabc", "\x85", "\ufeffx", "\u2126"])
+def test_text_that_a_step_would_change_is_not(text: str) -> None:
+    assert not untouched(said_by((Message(text, "user"),)), section())
+
+
+def test_every_character_that_nfc_may_join_with_one_before_it_is_known_as_such() -> None:
+    joined = set()
+    for code in range(0x80, 0x110000):
+        parts = unicodedata.decomposition(chr(code)).split()
+        if len(parts) == 2 and not parts[0].startswith("<"):
+            joined.add(chr(int(parts[1], 16)))
+    syllables = unicodedata.normalize("NFD", "".join(chr(code) for code in range(0xAC00, 0xD7A4, 7)))
+    joined |= {character for character in syllables if character >= "\u1161"}
+    assert len(joined) > 80
+    assert [character for character in sorted(joined) if not composes(character)] == []

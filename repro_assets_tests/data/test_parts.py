@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from repro_assets.data import lines, manifest, records, reproduction, sharding
+from repro_assets.data.errors import SourceError
 from repro_assets.data.parts import Parse
 from repro_assets.data.tokenizing import load
 from repro_assets.data.workers import Serial, Spawn
@@ -65,16 +66,11 @@ def test_an_unchanged_file_is_not_parsed_again_and_the_records_are_those_of_a_fu
     assert now[1].since.slices == {"intent": {"refund": (180, 186)}}
 
 
-def test_nothing_is_read_of_unchanged_files(raw: MakeRaw, store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_of_unchanged_files(raw: MakeRaw, monkeypatch: pytest.MonkeyPatch) -> None:
     made = raw({"a.jsonl": jsonl(*questions("a", 50))})
     before = made.both(SECTION)
-    texts = {part.text.sha256 for file in before[1].parsed.values() for part in file.parts}
-    got: list[str] = []
-    real = FolderStore.get_bytes
-    monkeypatch.setattr(FolderStore, "get_bytes", lambda self, name: (got.append(name), real(self, name))[1])
     monkeypatch.setattr(made, "open", None)
     assert made.both(SECTION, previous=before)[0] == before[0]
-    assert texts.isdisjoint(got)
 
 
 def test_other_evaluation_items_or_lost_parts_have_the_file_parsed_again(raw: MakeRaw, store: FolderStore, parsed: list[str]) -> None:
@@ -85,14 +81,14 @@ def test_other_evaluation_items_or_lost_parts_have_the_file_parsed_again(raw: Ma
     assert made.both(SECTION, item, previous=before)[0].reasons == {"contaminated": 1}
     assert parsed == ["a.jsonl", "b.jsonl"]
     parsed.clear()
-    lost = before[1].parsed["b.jsonl"].parts[0].text.sha256
+    lost = before[1].parsed["b.jsonl"].parts[0].columns.sha256
     (store.root / "sha256" / lost[:2] / lost).unlink()
     assert made.both(SECTION, previous=before)[0] == before[0]
     assert parsed == ["b.jsonl"]
 
 
 def test_a_record_that_was_dropped_for_a_file_that_is_gone_comes_back_without_parsing(raw: MakeRaw, parsed: list[str]) -> None:
-    """The winner of a pair of duplicates leaves; the other one's text is in the parts of its own file."""
+    """The winner of a pair of duplicates leaves; the other one's row is read again, by its place."""
     twice = row("said twice")
     files = {"a.jsonl": jsonl(twice, *questions("a", 5)), "b.jsonl": jsonl(*questions("b", 5), twice)}
     before = raw(files).both(SECTION)
@@ -103,6 +99,30 @@ def test_a_record_that_was_dropped_for_a_file_that_is_gone_comes_back_without_pa
     assert parsed == []
     assert now[0] == raw(files).records(SECTION)
     assert (now[0].sources[0].kept, now[0].reasons) == (6, {})
+
+
+def test_a_row_that_is_read_again_and_is_another_one_is_refused(raw: MakeRaw) -> None:
+    twice = row("said twice")
+    files = {"a.jsonl": jsonl(twice, *questions("a", 5)), "b.jsonl": jsonl(*questions("b", 5), twice)}
+    before = raw(files).both(SECTION)
+    del files["a.jsonl"]
+    changed = raw(files)
+    changed.files["b.jsonl"] = files["b.jsonl"].replace(b"said twice", b"said since")
+    with pytest.raises(SourceError, match=r"b\.jsonl:6: the row is not the one that was parsed before.*materialize raw_snapshot again"):
+        changed.both(SECTION, previous=before)
+
+
+def test_workers_that_share_no_disk_leave_the_text_in_the_store(raw: MakeRaw, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Ray cluster: what one worker wrote, another machine reads."""
+    made = raw({"a.jsonl": jsonl(*questions("a", 50))})
+    here = made.both(SECTION)
+    away = Serial()
+    monkeypatch.setattr(away, "local", False)
+    there = made.both(SECTION, workers=away)
+    assert there[0] == here[0]
+    assert [part.text is None for seen in (here[1], there[1]) for part in seen.parsed["a.jsonl"].parts] == [True, False]
+    assert set(there[1].files()) - set(here[1].files()) == {"parsed/a.jsonl/00000.text"}
+    assert made.both(SECTION, previous=there, workers=away, target=16)[0] == made.records(SECTION, target=16)
 
 
 def test_a_large_file_is_many_parts_with_the_same_records(raw: MakeRaw, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from repro_assets.data import lines, readers
+from repro_assets.data import lines, readers, rows
 from repro_assets.data.errors import SourceError
 from repro_assets.data.lines import Message
 from repro_assets.data.readers import Bad, Row, read
@@ -201,3 +203,36 @@ def test_fields_of_every_shape_are_checked_by_name() -> None:
     for shape, known in (("instruction", "instruction, output, input, system, id"), ("preference", "chosen, prompt, rejected, system, id")):
         with pytest.raises(SourceError, match=rf"shape {shape} has no field 'messages'; known: {known}"):
             readers.checked(Source(match="**", shape=shape, fields={"messages": "m"}))  # type: ignore[arg-type]
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                "role": st.sampled_from(["system", "user", "assistant", "tool", "x"]),
+                "content": st.sampled_from(["", " ", "text", "é", None, 3]),
+            },
+            optional={
+                "name": st.sampled_from([None, "n", 1]),
+                "tool_calls": st.sampled_from([None, [], "x"]),
+                "weight": st.none() | st.just(1),
+            },
+        ),
+        max_size=3,
+    ),
+    st.sampled_from(["k", "", " ", 7, True, None, 1.5]),
+    st.sampled_from(["v", "", 7, False, None, []]),
+)
+def test_the_short_way_makes_of_a_row_what_the_long_way_makes(messages: list[dict[str, Any]], key: Any, value: Any) -> None:
+    source = Source(match="**", shape="messages", fields={"id": "id"}, slices={"intent": "intent"})
+    data = msgspec.json.encode({"id": key, "messages": messages, "intent": value, "more": 1})
+    if (found := rows.quick(source)(data)) is not None:
+        assert found == rows.shaped(rows.parsed(data), source, rows.mapping(source))
+
+
+def test_a_plain_row_goes_the_short_way() -> None:
+    source = Source(match="**", shape="messages", fields={"id": "id"}, slices={"intent": "intent"})
+    data = b'{"intent": "refund", "id": 7, "messages": [{"role": "user", "content": "a"}, {"content": "b", "role": "assistant"}], "more": null}'
+    assert rows.quick(source)(data) == ((Message("a", "user"), Message("b", "assistant")), "7", {"intent": "refund"})
+    dotted = Source(match="**", shape="messages", fields={"messages": "row.messages"})
+    assert rows.quick(dotted)(data) is None
