@@ -299,10 +299,12 @@ class FilePart(Value):
 
 
 class ParsedFile(Value):
-    """What parsing a raw file gave, kept so that an unchanged file is not parsed again. `made_from`: digest of the file's own SHA-256 and of
-    all that parsing depends on beside the section and the code."""
+    """What parsing a raw file gave, kept so that an unchanged file is not parsed again, nor an unchanged row of a changed one. `made_from`:
+    digest of the file's own SHA-256 and of all that parsing depends on beside the section and the code; `items`: of the evaluation items
+    among that."""
 
     made_from: str
+    items: str
     parts: tuple[FilePart, ...]
 
 

@@ -20,6 +20,7 @@ from repro_assets.data.rows import (
     TEXT,
     Bad,
     Row,
+    Seen,
     Shaped,
     Unfit,
     decoded,
@@ -34,7 +35,7 @@ from repro_assets.data.rows import (
 )
 from repro_assets.recipe import Source
 
-__all__ = ["BLOCK", "REASONS", "Bad", "Row", "Unfit", "again", "checked", "lines", "read", "row_at", "source_for"]
+__all__ = ["BLOCK", "REASONS", "Bad", "Row", "Seen", "Unfit", "again", "checked", "lines", "read", "row_at", "source_for"]
 
 LFS = b"version https://git-lfs.github.com/spec/"
 #: the beginning of a `.dvc` file under another name
@@ -76,9 +77,11 @@ def read(
     row_limit: int = 16 << 20,
     *,
     row_group_limit: int = 256 << 20,
-) -> Iterator[Row | Bad]:
+    known_by: Callable[[bytes], Any] | None = None,
+) -> Iterator[Row | Bad | Seen]:
     """Every row of the file in order, streamed; a line of white space only is no row. An empty file gives one Bad of line 0.
 
+    `known_by` is asked with the bytes of every row of JSON or plain text; what it knows (anything but None) is handed back as Seen.
     `row_limit`: bytes of a row; `row_group_limit`: uncompressed bytes of a Parquet row group. Raises SourceError for a format without a
     reader, a pointer instead of data, a broken container or stream, a CSV header without the mapped columns.
     """
@@ -87,7 +90,7 @@ def read(
     found = (
         _read_parquet(path, stream, source, row_limit, row_group_limit)
         if base == "parquet"
-        else _read_text(path, base, compression, stream, source, row_limit)
+        else _read_text(path, base, compression, stream, source, row_limit, known_by)
     )
     for row in found:
         rows = True
@@ -168,8 +171,18 @@ def _opened(path: str, stream: BinaryIO, compression: str) -> BinaryIO:
     return cast(BinaryIO, Decompressed(path, whole, compression)) if compression else whole
 
 
-def _read_text(path: str, base: str, compression: str, stream: BinaryIO, source: Source, row_limit: int) -> Iterator[Row | Bad]:
+def _read_text(
+    path: str,
+    base: str,
+    compression: str,
+    stream: BinaryIO,
+    source: Source,
+    row_limit: int,
+    known_by: Callable[[bytes], Any] | None,
+) -> Iterator[Row | Bad | Seen]:
     pieces, shape = _pieces(path, base, _opened(path, stream, compression), source, row_limit)
+    # What a CSV record means depends on the file's header.
+    ask = None if base in DELIMITERS else known_by
     for piece in pieces:
         if isinstance(piece, Bad):
             yield piece
@@ -177,6 +190,9 @@ def _read_text(path: str, base: str, compression: str, stream: BinaryIO, source:
         line, offset, length, data = piece
         if data is None:
             yield Bad(line, offset, length, "row_too_long", f"{length} bytes, the limit is {row_limit}")
+            continue
+        if ask is not None and (before := ask(data)) is not None:
+            yield Seen(line, offset, length, before)
             continue
         try:
             messages, key, slices = shape(data)

@@ -71,6 +71,15 @@ class Row(msgspec.Struct, frozen=True):
     slices: dict[str, str]
 
 
+class Seen(msgspec.Struct, frozen=True):
+    """A row that the caller knew by its bytes, so that it was not parsed. `known`: what the caller said of it."""
+
+    line: int
+    offset: int
+    length: int
+    known: Any
+
+
 class Bad(msgspec.Struct, frozen=True):
     """One bad row: a name of REASONS and what exactly is wrong, without the row's own text."""
 

@@ -11,7 +11,7 @@ import pytest
 
 from repro_assets.data import lines, manifest, records, reproduction, sharding
 from repro_assets.data.errors import SourceError
-from repro_assets.data.parts import Parse
+from repro_assets.data.parts import Intake, Parse
 from repro_assets.data.tokenizing import load
 from repro_assets.data.workers import Serial, Spawn
 from repro_assets.documents import BaseModel, RawFile, Records
@@ -43,7 +43,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Paths that were parsed."""
     seen: list[str] = []
     real = Parse.__call__
-    monkeypatch.setattr(Parse, "__call__", lambda self, file: (seen.append(file.path), real(self, file))[1])
+    monkeypatch.setattr(Parse, "__call__", lambda self, unit: (seen.append(unit.file.path), real(self, unit))[1])
     return seen
 
 
@@ -64,6 +64,44 @@ def test_an_unchanged_file_is_not_parsed_again_and_the_records_are_those_of_a_fu
     assert now[1].since.files == (1, 0, 1)
     assert now[1].since.records == (6, 0, 0)
     assert now[1].since.slices == {"intent": {"refund": (180, 186)}}
+
+
+def test_an_unchanged_row_of_a_changed_file_is_not_parsed_again(raw: MakeRaw, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies, findings, cleaning counts and signatures come with it; its place is the new one."""
+    section = msgspec.structs.replace(
+        SECTION,
+        augment=(Augmentation("lowercase", share=0.5),),
+        personal="flag",
+        whitespace="trim",
+        near_duplicates=NearDuplicates(),
+        order="key_hash",
+        quarantine_limit=1.0,
+    )
+    rows = [*questions("A", 60), row("Write to Jane@Example.org"), row("  Spaces  "), b"broken"]
+    before = raw({"a.jsonl": jsonl(*rows)}).both(section)
+    seen: list[int] = []
+    real = Intake.examined
+    monkeypatch.setattr(Intake, "examined", lambda self, one: (seen.append(one.line), real(self, one))[1])
+    edited = [row("at the head"), *rows[:30], row("in the middle"), *rows[31:]]
+    now = raw({"a.jsonl": jsonl(*edited)}).both(section, previous=before)
+    fresh = [line for line in seen if line in (1, 32)]
+    assert fresh == [1, 32]
+    assert len(seen) < 45  # the others only where a new leaf needs their text
+    seen.clear()
+    full = raw({"a.jsonl": jsonl(*edited)}).both(section)
+    assert now[0] == full[0]
+    assert len(seen) == 63
+    assert (now[0].cleaned, now[0].sensitive, now[0].reasons) == ({"whitespace": 1}, {"personal.email": 1}, {"not_json": 1})
+    again = raw({"a.jsonl": jsonl(*edited[1:])}).both(section, previous=now)
+    assert again[0] == raw({"a.jsonl": jsonl(*edited[1:])}).records(section)
+
+
+def test_rows_that_are_known_by_their_bytes_need_the_same_evaluation_items(raw: MakeRaw) -> None:
+    rows = questions("a", 20)
+    before = raw({"a.jsonl": jsonl(*rows)}).both(SECTION)
+    item = canonical({"item": "1", "suite": "s", "text": lines.normal_text("a asks question number 3 about 9")}) + b"\n"
+    now = raw({"a.jsonl": jsonl(row("new"), *rows)}).both(SECTION, item, previous=before)
+    assert now[0].reasons == {"contaminated": 1}
 
 
 def test_nothing_is_read_of_unchanged_files(raw: MakeRaw, monkeypatch: pytest.MonkeyPatch) -> None:
