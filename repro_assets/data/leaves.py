@@ -94,14 +94,20 @@ def make(
     spans: Sequence[NDArray[np.uint32]],
     cut: Sequence[int],
     width: int,
+    digests: Sequence[bytes | None] = (),
 ) -> Leaf:
-    """A leaf of these records, in this order. Raises LeafError for an id that `width` bytes cannot hold."""
+    """A leaf of these records, in this order. `digests`: token digests of the records for which the caller just checked them, else None.
+
+    Raises LeafError for an id that `width` bytes cannot hold."""
     kind = np.dtype(np.uint16 if width == 2 else np.uint32)
     if any(len(row) and int(row.max()) >= 1 << 8 * width for row in ids):
         raise LeafError(f"a token id does not fit {width} bytes")
     return Leaf(
         record=np.frombuffer(b"".join(records), np.uint8).reshape(-1, 32),
-        token=np.frombuffer(b"".join(token_digest(row, span) for row, span in zip(ids, spans, strict=True)), np.uint8).reshape(-1, 32),
+        token=np.frombuffer(
+            b"".join(held or token_digest(row, span) for row, span, held in zip(ids, spans, digests or (None,) * len(ids), strict=True)),
+            np.uint8,
+        ).reshape(-1, 32),
         cut=np.asarray(cut, np.uint32),
         flat_ids=np.concatenate([np.zeros(0, kind), *(row.astype(kind) for row in ids)]),
         id_ends=np.cumsum([len(row) for row in ids], dtype=np.int64),
@@ -179,6 +185,20 @@ def load(stored: bytes, expected: str) -> Leaf:
             "restore the blob, or materialize shards again"
         )
     return leaf
+
+
+def record_column(stored: bytes) -> bytes:
+    """The 32-byte record digests of a stored leaf, end to end, without looking at anything else of it: a hint where to look, not a fact.
+
+    Raises LeafError when the bytes are no leaf."""
+    import pyarrow as pa
+
+    try:
+        options = pa.ipc.IpcReadOptions(included_fields=[0], use_threads=False)
+        batch = pa.ipc.open_stream(pa.BufferReader(stored), options=options).read_next_batch()
+        return b"".join(batch.column("record").to_pylist())
+    except (pa.ArrowException, OSError, KeyError, ValueError, StopIteration) as error:
+        raise LeafError(f"a stored token leaf cannot be read: {error}; materialize shards again") from error
 
 
 def _from_batch(batch: Any) -> Leaf:

@@ -70,7 +70,8 @@ def _cut(
     # In the order of files whatever the split, so that each part is fetched about once.
     wanted.sort(key=lambda item: int(item[1][0]))
     if wanted:
-        texts.prepare(np.concatenate([positions for _number, positions in wanted]))
+        used = {leaf.lines for leaf in leaves}
+        texts.prepare(np.concatenate([rows for _number, rows in wanted]), [leaf.blob for lines, leaf in known.items() if lines not in used])
     for first in range(0, len(wanted), BATCH):
         batch = wanted[first : first + BATCH]
         items = [texts.lines(positions) for _number, positions in batch]

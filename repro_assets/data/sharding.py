@@ -202,7 +202,8 @@ class _Known:
         places: dict[bytes, int] = {}
         if wanted and gone:
             for number, data in enumerate(self.store.get_many(blob.sha256 for _entry, blob in gone)):
-                places.update((bytes(name), number) for name in leaves.load(data, gone[number][0].sha256).record)
+                names = leaves.record_column(data)
+                places.update((names[at : at + 32], number) for at in range(0, len(names), 32))
         if not places:
             yield from (_Unit(leaf, ()) for leaf in wanted)
             return
@@ -238,16 +239,16 @@ class Tokenise:
         held = self._before(unit, {record.id for record in records})
         fresh = [record for record in records if record.id not in held]
         made = iter(self.codec.tokens(fresh, self.section.max_tokens, self.section.train_on))
-        tokens = [held[record.id] if record.id in held else next(made) for record in records]
+        tokens = [held[record.id][0] if record.id in held else next(made) for record in records]
         tokens_new = sum(len(now.ids) for record, now in zip(records, tokens, strict=True) if record.id not in held)
         kept = [(record, now) for record, now in zip(records, tokens, strict=True) if now.trained]
         untrained = tuple(record.id for record, now in zip(records, tokens, strict=True) if not now.trained)
         if not kept:
             return _Made(None, None, untrained, len(fresh), tokens_new)
-        leaf = self._leaf(kept)
+        leaf = self._leaf(kept, [held[record.id][1] if record.id in held else None for record, _now in kept])
         return _Made(_entry(unit.source, leaf, untrained), self.store.put_bytes(leaves.store_form(leaf)), untrained, len(fresh), tokens_new)
 
-    def _leaf(self, kept: list[tuple[Record, Tokens]]) -> Leaf:
+    def _leaf(self, kept: list[tuple[Record, Tokens]], digests: list[bytes | None]) -> Leaf:
         return leaves.make(
             [bytes.fromhex(record.id) for record, _now in kept],
             [record.key for record, _now in kept],
@@ -256,11 +257,12 @@ class Tokenise:
             [now.spans for _record, now in kept],
             [now.cut for _record, now in kept],
             self.codec.width,
+            digests,
         )
 
-    def _before(self, unit: _Unit, names: set[str]) -> dict[str, Tokens]:
-        """Ids and spans that records of the unit had before, checked by their token digests."""
-        found: dict[str, Tokens] = {}
+    def _before(self, unit: _Unit, names: set[str]) -> dict[str, tuple[Tokens, bytes]]:
+        """Ids and spans that records of the unit had before, with the token digest that they were held against."""
+        found: dict[str, tuple[Tokens, bytes]] = {}
         for identity, blob in unit.before:
             if identity not in self._held:
                 while len(self._held) >= HELD_LEAVES:
@@ -275,7 +277,7 @@ class Tokenise:
                         f"record {name}: its token digest in the previous shards does not fit its ids; "
                         "materialize shards with the run tag repro/no-memo"
                     )
-                found[name] = Tokens(ids=ids, spans=spans, cut=cut)
+                found[name] = (Tokens(ids=ids, spans=spans, cut=cut), bytes(token))
         return found
 
 

@@ -5,6 +5,7 @@ What stays and how leaves are cut is `records.py`; how a part is made is `parts.
 
 import hashlib
 import os
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from repro_assets.data.errors import SourceError
 from repro_assets.data.lines import encode
 from repro_assets.data.parts import Parse
 from repro_assets.documents import FilePart, ParsedFile, RawFile
-from repro_assets.trust.blob import BlobStore
+from repro_assets.trust.blob import Blob, BlobStore
 
 
 class Beside(msgspec.Struct, frozen=True):
@@ -84,8 +85,8 @@ class Table:
 
 
 class Texts:
-    """Leaf lines by position: from the files that this run's workers wrote, else from the part's text in the store, else from the raw file
-    again, row by row and checked against the digest of the line."""
+    """Leaf lines by position: from the files that this run's workers wrote, else from the part's text in the store, else from leaves of the
+    previous records, else from the raw file again; the last two line by line, known by the digest of the line."""
 
     HELD = 3
 
@@ -109,11 +110,27 @@ class Texts:
         for file in self.files.values():
             file.close()
 
-    def prepare(self, positions: NDArray[np.int64]) -> None:
-        """Read those rows again that are to be had in no other way; each raw file is opened once."""
+    def prepare(self, positions: NDArray[np.int64], leaves: Iterable[Blob]) -> None:
+        """Fetch those lines that no worker wrote: from `leaves` of the previous records, and what is in none from the raw files."""
+        bare = {bytes(self.table.lines[at]): at for at in positions[~self.there[positions]].tolist()}
+        missing = dict(bare)
+        for data in self.table.store.get_many(leaf.sha256 for leaf in leaves) if bare else ():
+            for bare_line in data.split(b"\n")[:-1]:
+                line = bare_line + b"\n"
+                if (at := missing.pop(hashlib.sha256(line).digest(), None)) is not None:
+                    self.again[at] = line
+        # Equal rows, where duplicates are kept, have one line.
+        twins = [at for at in positions[~self.there[positions]].tolist() if at not in self.again]
+        for at in twins:
+            if (other := bare[bytes(self.table.lines[at])]) in self.again:
+                self.again[at] = self.again[other]
+        self._read_again([at for at in twins if at not in self.again])
+
+    def _read_again(self, positions: list[int]) -> None:
+        """From the raw files, each opened once."""
         table = self.table
         wanted: dict[int, dict[int, list[int]]] = {}
-        for at in positions[~self.there[positions]].tolist():
+        for at in positions:
             wanted.setdefault(table.file(at), {}).setdefault(int(table.line[at]), []).append(at)
         for number, rows in sorted(wanted.items()):
             file = table.files[number]

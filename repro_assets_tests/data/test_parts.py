@@ -127,8 +127,10 @@ def test_other_evaluation_items_or_lost_parts_have_the_file_parsed_again(raw: Ma
 
 def test_a_record_that_was_dropped_for_a_file_that_is_gone_comes_back_without_parsing(raw: MakeRaw, parsed: list[str]) -> None:
     """The winner of a pair of duplicates leaves; the other one's row is read again, by its place."""
-    twice = row("said twice")
-    files = {"a.jsonl": jsonl(twice, *questions("a", 5)), "b.jsonl": jsonl(*questions("b", 5), twice)}
+    files = {
+        "a.jsonl": jsonl(row("said twice", key="1"), *questions("a", 5)),
+        "b.jsonl": jsonl(*questions("b", 5), row("said twice", key="0")),
+    }
     before = raw(files).both(SECTION)
     assert before[0].reasons == {"duplicate": 1}
     parsed.clear()
@@ -140,8 +142,10 @@ def test_a_record_that_was_dropped_for_a_file_that_is_gone_comes_back_without_pa
 
 
 def test_a_row_that_is_read_again_and_is_another_one_is_refused(raw: MakeRaw) -> None:
-    twice = row("said twice")
-    files = {"a.jsonl": jsonl(twice, *questions("a", 5)), "b.jsonl": jsonl(*questions("b", 5), twice)}
+    files = {
+        "a.jsonl": jsonl(row("said twice", key="1"), *questions("a", 5)),
+        "b.jsonl": jsonl(*questions("b", 5), row("said twice", key="0")),
+    }
     before = raw(files).both(SECTION)
     del files["a.jsonl"]
     changed = raw(files)
