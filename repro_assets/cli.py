@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from repro_assets import questions
+from repro_assets.options import bench, maybe_snapshot_option, newest_or, recipe_option, snapshot_option
 from repro_assets.terminal import FINDING, GOOD, UNREACHABLE, WRONG_USE, Failure, Output, Program, code_of_name, command, low_disk
 
 if TYPE_CHECKING:
@@ -23,38 +25,6 @@ if TYPE_CHECKING:
     from repro_assets.running import Ran
 
 SHARED = ("base_model", "eval_suites")
-
-
-def bench(recipe: str | None = None, start: bool = True) -> "Bench":
-    """The resources; with `start` the embedded servers are started when no external ones are named."""
-    from repro_assets import bench as made
-
-    if start:
-        from resources import servers
-
-        servers.connect(progress=lambda said: click.echo(said, err=True))
-    return made.Bench.outside_a_run(recipe or "")
-
-
-def _recipe(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
-    """A file, or the name of a recipe that ships with the project; absolute from here on."""
-    if not value:
-        return None
-    from repro_assets.recipe import shipped
-
-    return str(shipped(value) or Path(value).resolve())
-
-
-recipe_option = click.option(
-    "--recipe",
-    "-r",
-    default=None,
-    metavar="RECIPE",
-    callback=_recipe,
-    help="file, or name of a shipped one; default REPRO_RECIPE, else demo",
-)
-snapshot_option = click.option("--snapshot", "-s", "key", required=True, metavar="KEY", help="snapshot key, or `newest`")
-maybe_snapshot_option = click.option("--snapshot", "-s", "key", default="newest", metavar="KEY", help="snapshot key; default the newest")
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -252,7 +222,7 @@ def materialize(
     with running.open_instance() as instance:
         _settle(out, instance)
         if key:
-            key = _key(made, key)
+            key = newest_or(made, key)
         if shared or (not chosen and (key is None or _shared_missing(made))):
             runs.append(running.materialize(instance, key=None, select=shared, recipe=recipe, tags=tags, say=out.progress))
         if key and (rest or not chosen) and all(ran.success for ran in runs):
@@ -319,19 +289,6 @@ def _shared_missing(made: "Bench") -> bool:
     return False
 
 
-def _key(made: "Bench", key: str) -> str:
-    from repro_assets.partitions import checked
-    from repro_assets.shelf import Shelf
-
-    if key != "newest":
-        return checked(key)
-    made.lake.client.ensure()
-    newest = next(Shelf(made.lake.client, made.blobs.store).raw_commits(), None)
-    if newest is None:
-        raise Failure(WRONG_USE, "there is no snapshot yet: `repro import PATH` makes one")
-    return newest[0]
-
-
 def _asset(name: str) -> str:
     import difflib
 
@@ -355,7 +312,7 @@ def show(out: Output, asset: str, key: str, recipe: str | None) -> None:
     from repro_assets.inspecting import Inspector
 
     made = bench(recipe)
-    document = Inspector(made).show(_asset(asset), None if asset in SHARED else _key(made, key))
+    document = Inspector(made).show(_asset(asset), None if asset in SHARED else newest_or(made, key))
     value = {"digest": document.digest, **msgspec.to_builtins(document)}
     if not out.as_json:
         out.people.print_json(json.dumps(value))
@@ -372,7 +329,7 @@ def why(out: Output, asset: str, key: str, recipe: str | None) -> int:
     from repro_assets.inspecting import Inspector
 
     made = bench(recipe)
-    found = None if _asset(asset) in SHARED else _key(made, key)
+    found = None if _asset(asset) in SHARED else newest_or(made, key)
     differs = Inspector(made).why(asset, found)
     for line in differs or [f"{asset}: nothing differs; it would be recalled from the memo"]:
         out.say(line)
@@ -390,7 +347,7 @@ def verify(out: Output, key: str, recipe: str | None, deep: bool) -> int:
     from repro_assets.verifying import Verifier
 
     made = bench(recipe)
-    return _findings(out, Verifier(made, _key(made, key)).findings(deep))
+    return _findings(out, Verifier(made, newest_or(made, key)).findings(deep))
 
 
 def _findings(out: Output, findings: Iterator[Any]) -> int:
@@ -419,7 +376,7 @@ def reproduce(out: Output, key: str, recipe: str | None, ranks: int) -> int:
 
     made = bench(recipe)
     with running.open_instance() as instance:
-        proof = reproducing.reproduce(instance, made, _key(made, key), recipe=recipe, ranks=ranks, say=out.progress)
+        proof = reproducing.reproduce(instance, made, newest_or(made, key), recipe=recipe, ranks=ranks, say=out.progress)
     for part in proof.parts:
         out.say(f"{part.scope}: {part.compared} digests compared, {len(part.differences)} differ")
     out.say(f"certificate {proof.grade}: {proof.certificate.sha256}" if proof.grade else f"differs: {proof.first_in_words}")
@@ -429,122 +386,8 @@ def reproduce(out: Output, key: str, recipe: str | None, ranks: int) -> int:
 
 # ---- questions about the data
 
-
-@main.command("diff")
-@click.argument("before")
-@click.argument("now")
-@click.option("--record", "-k", "name", default=None, metavar="KEY|ID", help="one record that differs, token by token")
-@click.option("--limit", default=20, show_default=True, type=click.IntRange(0), help="names shown; 0 shows all. --json always holds all")
-@recipe_option
-@command
-def diff_(out: Output, before: str, now: str, name: str | None, limit: int, recipe: str | None) -> int:
-    """What changed between two snapshots: files, leaves, records, slices, tokens. Exit code 1 when something did."""
-    import msgspec
-
-    from repro_assets import comparing
-
-    made = bench(recipe)
-    comparer = comparing.Comparer(made, _key(made, before), _key(made, now))
-    found = comparer.difference()
-    view = comparer.record(name, found) if name else None
-    if view is not None:
-        _told_record(out, view)
-    else:
-        out.rows(comparing.counts(found))
-        for rows in (comparing.named(found), comparing.slices(found)):
-            if rows:
-                out.say("")
-                out.rows(rows[: limit or None])
-                if limit and len(rows) > limit:
-                    out.say(f"and {len(rows) - limit} more; --limit 0 shows all")
-    result = {"before": comparer.keys[0], "now": comparer.keys[1], "same": found.same, **msgspec.to_builtins(found)}
-    out.result({**result, "record": msgspec.to_builtins(view)} if view else result)
-    return GOOD if found.same else FINDING
-
-
-def _told_record(out: Output, view: Any) -> None:
-    """What was replaced on the left, what replaces it on the right, in the order of the texts."""
-    from repro_assets.comparing import side_by_side
-
-    for what, side in (("before", view.before), ("now", view.now)):
-        said = f"{side.id}  {side.split}  {side.tokens or 0} tokens, {side.trained or 0} trained" if side else "not there"
-        out.say(f"{view.name}  {what:<6} {said}")
-    out.rows(side_by_side(view.pieces))
-
-
-@main.command("tiny-run")
-@snapshot_option
-@click.option("--records", "-n", "count", default=64, show_default=True, type=click.IntRange(1), help="how many of the first records")
-@recipe_option
-@command
-def tiny_run(out: Output, key: str, count: int, recipe: str | None) -> int:
-    """The first records of a snapshot through the whole data path again, against the stored golden digest."""
-    import msgspec
-
-    from repro_assets import tiny
-
-    made = bench(recipe)
-    found = tiny.tiny_run(made, _key(made, key), count)
-    out.say(f"golden {found.golden}\nnow    {found.now}\n{found.records} records: {found.in_words}")
-    if found.same and found.environment:
-        out.say(f"and that although the environment differs: {'; '.join(found.environment)}")
-    if found.first:
-        out.say(
-            f"first of {found.differing}: record {found.first.record} ({found.first.where or 'raw'}), {found.first.stage}: {found.first.detail}"
-        )
-    out.result({**msgspec.to_builtins(found), "same": found.same})
-    return GOOD if found.same else FINDING
-
-
-@main.command()
-@click.argument("record", metavar="RECORD_ID|PATH:LINE")
-@click.option("--steps", is_flag=True, help="also the training steps that had it; reads the train leaves of those snapshots")
-@recipe_option
-@command
-def blame(out: Output, record: str, steps: bool, recipe: str | None) -> None:
-    """Where a record came from, and every leaf, bundle, checkpoint and release that saw it. The beginning of an id does."""
-    import msgspec
-
-    from repro_assets.tracing import Tracer
-
-    found = Tracer(bench(recipe)).trace(record, steps=steps)
-    out.say(f"record {found.record or 'none: the row was set aside'}\nfirst snapshot {found.first_snapshot}")
-    for seen in found.seen:
-        out.say(f"\n{seen.snapshot}  {seen.file}:{seen.line}  {seen.split}  file of raw commit {seen.since[:12]}")
-        out.say(f"  record leaf {seen.record_leaf[:12]}  token leaf {(seen.token_leaf or 'none: no trained token')[:24]}")
-        out.say(f"  bundle {(seen.bundle or 'none')[:12]}")
-        if seen.checkpoint:
-            had = "" if seen.checkpoint.steps is None else f" in steps {', '.join(map(str, seen.checkpoint.steps)) or 'none'};"
-            saved = ", ".join(map(str, seen.checkpoint.saved)) or "none"
-            out.say(f"  checkpoint {seen.checkpoint.document[:12]}: {seen.checkpoint.use} on it;{had} saved at steps {saved}")
-        if seen.releases:
-            out.say(f"  releases {', '.join(map(str, seen.releases))}")
-    for aside in found.aside:
-        out.say(f"\n{aside.snapshot}  {aside.file}:{aside.line}  set aside: {aside.reason}: {aside.detail}")
-    for what, reason in found.unread.items():
-        out.say(f"\n{what} was not read: {reason}")
-    out.result(msgspec.to_builtins(found))
-
-
-@main.command()
-@click.argument("key")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--what", default="raw", show_default=True, type=click.Choice(["raw", "records", "shards", "adapter"]))
-@click.option("--format", "form", default="raw", show_default=True, type=click.Choice(["raw", "jsonl", "parquet", "datasets"]))
-@recipe_option
-@command
-def checkout(out: Output, key: str, folder: Path, what: Any, form: Any, recipe: str | None) -> None:
-    """Files of a snapshot back on disk, verified while written, with a manifest.json. The folder must be new or empty."""
-    import msgspec
-
-    from repro_assets import checkout as writing
-
-    made = bench(recipe)
-    with out.bar("writing") as progress:
-        done = writing.check_out(made, _key(made, key), folder, what, form, progress)
-    size = sum(file.size for file in done.files)
-    out.say(f"{len(done.files)} files, {size:,} bytes of {what} of {done.snapshot} in {folder}; digests in manifest.json")
-    out.result({**msgspec.to_builtins(done), "folder": str(folder)})
+for _question in questions.COMMANDS:
+    main.add_command(_question)
 
 
 # ---- releases

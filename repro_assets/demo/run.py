@@ -53,7 +53,8 @@ class DemoFailed(Exception):
 
 def play(out: Any) -> int:
     """Run the demo; the exit code is 0 when the story came out as told."""
-    from repro_assets.cli import FINDING, GOOD, bench
+    from repro_assets.options import bench
+    from repro_assets.terminal import FINDING, GOOD
 
     began = time.monotonic()
     os.environ.setdefault("REPRO_CPU_SLOTS", "2")  # the reproduction trains while the story goes on
