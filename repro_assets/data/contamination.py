@@ -17,6 +17,7 @@ from repro_assets.data.near import Hashes, grams_of, word_grams
 from repro_assets.recipe import RecordsSection
 
 _FILTER_BITS = 20
+_HEAD = 128  # characters that hold the first words of nearly every text
 
 
 class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,6 +34,7 @@ class Evaluated:
     def __init__(self, words: int, share: float, digest: str) -> None:
         self.words, self.share, self.digest = words, share, digest
         self._texts: dict[bytes, str] = {}
+        self._starts: set[str] = set()
         self._names: list[str] = []
         self._sizes: list[int] = []
         self._items: dict[int, tuple[int, ...]] = {}
@@ -58,6 +60,7 @@ class Evaluated:
         made = cls(section.contamination_words, section.contamination_share, hashed.hexdigest())
         for row in rows:
             made._texts.setdefault(_digest(row.text), f"{row.suite}/{row.item}")
+            made._starts.add(" ".join(row.text.split(" ", 3)[:3]))
         if section.contamination == "ngram":
             made._index(rows)
         return made
@@ -115,9 +118,16 @@ class Evaluated:
     def _whole(self, messages: tuple[Message, ...]) -> str | None:
         turns = _turns(messages)
         for text in [*turns, "\n".join(turns)] if len(turns) > 1 else turns:
-            if item := self._texts.get(_digest(normal_text(text))):
+            if self._begins(text) and (item := self._texts.get(_digest(normal_text(text)))):
                 return f"the prompt is the evaluation item {item}"
         return None
+
+    def _begins(self, text: str) -> bool:
+        """Whether some item begins as the text does; most texts need not be folded whole to know that they are no item."""
+        if len(text) <= _HEAD:
+            return True
+        words = normal_text(text[:_HEAD]).split(" ", 4)
+        return len(words) < 5 or " ".join(words[:3]) in self._starts
 
     def _share(self, grams: set[int]) -> str | None:
         """What is said of a record that has these n-grams of items."""

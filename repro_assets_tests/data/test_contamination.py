@@ -2,6 +2,8 @@
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from repro_assets.data.contamination import Evaluated
 from repro_assets.data.errors import DataError
@@ -123,3 +125,17 @@ def test_many_records_at_once_are_found_as_each_alone(gsm8k: bytes) -> None:
     assert said == [evaluated.find(messages) for messages in records]
     assert sum(detail is not None for detail in said) == 41
     assert evaluated.find_all([]) == []
+
+
+WORDS = st.lists(st.sampled_from(["What", "is", "the", "Größe", "e\u0301tude", "of", "a", "\u2003", "x" * 70]), min_size=1, max_size=30)
+
+
+@given(WORDS, st.sampled_from([" ", "  ", "\n", "\u00a0"]))
+def test_a_long_text_that_is_an_item_is_found_however_it_is_spaced_and_cased(words: list[str], space: str) -> None:
+    item = normal_text(" ".join(words))
+    found = Evaluated.build(prompts(item), section("exact"))
+    spaced = space.join(words)
+    said = spaced.upper() if normal_text(spaced.upper()) == item else spaced
+    if item:
+        assert found.find((Message(said, "user"),)) == "the prompt is the evaluation item gsm8k/0"
+    assert found.find((Message(f"{said} and more", "user"),)) is None
