@@ -94,8 +94,7 @@ def _report(instance: dg.DagsterInstance, bench: Bench, shelf: Shelf, place: _Pl
             partition=place.key or None,
             description=f"restored from lakeFS by `repro rebuild`; made {document.made.at} by run {document.made.run}",
             metadata={
-                **story.of(asset, document),
-                **story.anchors(document, place.commit, place.branch, partial(bench.lake.link, place.commit, at)),
+                **story.page(asset, document, place.commit, place.branch, partial(bench.lake.link, place.commit, at)),
                 "executed": "restored from lakeFS",
             },
             tags={VERSION: document.digest, "dagster/data_version_is_user_provided": "true"},

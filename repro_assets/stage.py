@@ -318,12 +318,10 @@ class Stage(Generic[R]):
                 self.memo.keep(document)  # first: a process that dies in between leaves an entry too many, not a document without one
             written = self._write(document, keep)
         self.log.info(f"{self.asset}: data version {document.digest[:12]}, commit {written[:12]}")
-        told = story.of(self.asset, document)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(document.digest),
             metadata={
-                **told,
-                **story.anchors(document, written, self.branch, partial(self.bench.lake.link, written, self._folder)),
+                **story.page(self.asset, document, written, self.branch, partial(self.bench.lake.link, written, self._folder)),
                 "executed": "no, recalled from the memo" if recalled else "yes",
             },
             check_results=[self._check(document, differences, recalled)],

@@ -20,16 +20,19 @@ def of(asset: str, document: d.Document[Any, Any]) -> dict[str, Any]:
     return TELLERS[asset](document.result, document.observed)
 
 
-def anchors(document: d.Document[Any, Any], commit: str, branch: str, link: Callable[[str], str]) -> dict[str, Any]:
-    """Where the document is and what it was made of: the last lines of every page. `link` gives the address of a file of it, or of its
-    folder for no name."""
+def page(asset: str, document: d.Document[Any, Any], commit: str, branch: str, link: Callable[[str], str]) -> dict[str, Any]:
+    """Everything that an asset's page says. `link` gives the address of a file of the document in lakeFS, or of its folder for no name."""
     pages = {name.removesuffix(".html"): dg.MetadataValue.url(link(name)) for name in document.files() if name.endswith(".html")}
+    return {**pages, **of(asset, document), **_anchors(document, commit, branch, link(""))}
+
+
+def _anchors(document: d.Document[Any, Any], commit: str, branch: str, link: str) -> dict[str, Any]:
+    """Where the document is and what it was made of: the last lines of every page."""
     return {
-        **pages,
         "data version": document.digest,
         "lakeFS commit": commit,
         "lakeFS branch": branch,
-        "browse in lakeFS": dg.MetadataValue.url(link("")),
+        "browse in lakeFS": dg.MetadataValue.url(link),
         "made from": table({"input": name, "digest": value} for name, value in document.inputs.items()) if document.inputs else "raw data",
     }
 
@@ -156,6 +159,7 @@ def records(result: d.Records, observed: d.RecordsObserved) -> dict[str, Any]:
     files = f"{observed.files_parsed} files parsed, {observed.files_known} taken over from earlier records"
     told = {
         "sources": table(rows),
+        **_since(observed.since),
         "splits": table({"split": name, "records": count} for name, count in result.splits.items()),
         "dropped, by reason": table({"reason": name, "rows": count} for name, count in result.reasons.items()),
         "reuse": f"{files}; {len(result.leaves)} leaves: {observed.leaves_new} new, {observed.leaves_known} already stored",
@@ -168,7 +172,7 @@ def records(result: d.Records, observed: d.RecordsObserved) -> dict[str, Any]:
         told["cleaned"] = table({"step": step, "rows changed": count} for step, count in result.cleaned.items())
     if result.sensitive:
         told["secrets and personal data"] = table({"kind": kind, "records": count} for kind, count in result.sensitive.items())
-    return {**told, **_since(observed.since)}
+    return told
 
 
 def _since(since: d.Since | None) -> dict[str, Any]:
