@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
-from repro_assets.data import drift
+from repro_assets.data import drift, validation
+from repro_assets.data.judged import Judged
+from repro_assets.recipe import Drift
 
 COUNTS = st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 10_000), min_size=1)
 
@@ -54,3 +56,11 @@ def test_a_small_shift_of_many_records_is_significant_and_no_effect() -> None:
     assert drift.psi(now, before) < 0.001
     assert drift.p_value(now, now) == pytest.approx(1.0)
     assert drift.p_value({"a": 3}, {"a": 4}) == 1.0
+
+
+@pytest.mark.parametrize(("records", "verdict"), [(99, "warn"), (100, "fail")])
+def test_distributions_of_few_records_warn_and_never_refuse(records: int, verdict: str) -> None:
+    """One record more in a bin of few moves the measures past any limit."""
+    judged = Judged()
+    validation._judge_counts("lengths", {"64": records}, {"128": 1000}, Drift(), judged)
+    assert [(rule.verdict, f"only {records} on one side" in rule.detail) for rule in judged.rules] == [(verdict, records < 100)] * 2

@@ -1,14 +1,16 @@
 """Token leaves: contents against the codec, reuse across snapshots, truncation and untrained records."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
-from repro_assets.data import leaves, lines, sharding
+from repro_assets.data import engines, leaves, lines, sharding
 from repro_assets.data.errors import DataError, LeafError
+from repro_assets.data.lines import Record
 from repro_assets.data.tokenizing import Codec, load
 from repro_assets.documents import BaseModel, Records, Shards, ShardsObserved
 from repro_assets.recipe import RecordsSection, ShardingSection, Split
@@ -202,3 +204,23 @@ def test_real_rows_have_the_ids_and_spans_that_they_should(raw: MakeRaw, base_mo
     }
     assert found == expected
     assert len(found) == 400
+
+
+def test_an_engine_that_fails_on_a_sampled_record_is_replaced_for_every_record(
+    chats: Callable[[list[str]], Records], base_model: BaseModel, store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S0.20: nothing that the wrong engine made is kept, and the page says why."""
+    made = chats(numbers(100))
+    fast = ShardingSection(engine="fastokens")
+    right = sharding.build(made, base_model, fast, store)[0]
+    assert right.engine.name == "fastokens"
+
+    def differs(_self: Codec, records: Sequence[Record], *_how: Any) -> None:
+        raise engines.EngineMismatch(f"record {records[0].id}: other tokens", engines.refusal("0", "gave a sampled record other tokens"))
+
+    monkeypatch.setattr(Codec, "_compare", differs)  # what makes it raise is tested with the engines
+    shards, observed = sharding.build(made, base_model, fast, store)
+    assert shards.engine.name == "tokenizers"
+    assert "gave a sampled record other tokens" in str(shards.engine.gate)
+    assert [leaf.sha256 for leaf in shards.leaves] == [leaf.sha256 for leaf in right.leaves]
+    assert set(observed.stored) == {leaf.sha256 for leaf in shards.leaves}
