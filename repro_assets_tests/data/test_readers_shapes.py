@@ -236,3 +236,26 @@ def test_a_plain_row_goes_the_short_way() -> None:
     assert rows.quick(source)(data) == ((Message("a", "user"), Message("b", "assistant")), "7", {"intent": "refund"})
     dotted = Source(match="**", shape="messages", fields={"messages": "row.messages"})
     assert rows.quick(dotted)(data) is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]},
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [{"role": "judge", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "assistant", "content": "a", "name": "n"}]},
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": "x"}]},
+        {"messages": [{"role": "assistant", "content": "a", "weight": 1}]},
+        {"id": " "},
+        {"id": None},
+        {"intent": ""},
+        {"intent": 1.5},
+    ],
+)
+def test_a_row_with_anything_unusual_goes_the_long_way(changed: dict[str, Any]) -> None:
+    source = Source(match="**", shape="messages", fields={"id": "id"}, slices={"intent": "intent"})
+    plain = {"id": "k", "intent": "v", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    assert rows.quick(source)(msgspec.json.encode(plain)) is not None
+    assert rows.quick(source)(msgspec.json.encode({**plain, **changed})) is None
