@@ -84,7 +84,8 @@ def ui(servers: Connections, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder = tmp_path_factory.mktemp("ui")
     with prepared(servers, folder, ("raw_snapshot",)) as world:
         # the shipped schedule waits for Monday; a test cannot
-        environment = {"REPRO_RETRAIN_CRON": "* * * * *", "REPRO_RECIPE": str(world.recipe)}
+        # Two data workers: a run that the daemon or the webserver started must be able to start processes of its own.
+        environment = {"REPRO_RETRAIN_CRON": "* * * * *", "REPRO_RECIPE": str(world.recipe), "REPRO_DATA_WORKERS": "2"}
         with services.running(environment=environment) as running:
             yield Ui(running.url, world)
 
