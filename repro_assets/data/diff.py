@@ -59,7 +59,7 @@ class Difference(msgspec.Struct, frozen=True):
 
 def files(before: RawSnapshot, now: RawSnapshot) -> Change:
     """Raw files by path and SHA-256."""
-    return _change({file.path: file.sha256 for file in before.files_listed}, {file.path: file.sha256 for file in now.files_listed})
+    return change_of({file.path: file.sha256 for file in before.files_listed}, {file.path: file.sha256 for file in now.files_listed})
 
 
 def records(before: Records, now: Records, store: BlobStore, raw: tuple[RawSnapshot, RawSnapshot] | None = None) -> Difference:
@@ -71,7 +71,7 @@ def records(before: Records, now: Records, store: BlobStore, raw: tuple[RawSnaps
     moved = (
         files(*raw)
         if raw
-        else _change({path: blob.sha256 for path, blob in before.index.items()}, {path: blob.sha256 for path, blob in now.index.items()})
+        else change_of({path: blob.sha256 for path, blob in before.index.items()}, {path: blob.sha256 for path, blob in now.index.items()})
     )
     gone, came = changed_leaves(before, now)
     found = _Records(_seen(gone, store), _seen(came, store))
@@ -89,11 +89,11 @@ def records(before: Records, now: Records, store: BlobStore, raw: tuple[RawSnaps
     )
 
 
-def summary(before: Records, now: Records, store: BlobStore, raw: tuple[RawSnapshot, RawSnapshot] | None = None) -> Since:
-    """`records` as counts, for a table."""
-    found = records(before, now, store, raw)
+def summary(before: Records, now: Records, store: BlobStore, moved: Change | None = None) -> Since:
+    """`records` as counts, for a table. `moved`: what became of the files, when the caller knows it better than their indices do."""
+    found = records(before, now, store)
     return Since(
-        files=_counted(found.files),
+        files=_counted(moved or found.files),
         leaves=(found.leaves_added, found.leaves_removed),
         records=_counted(found.records),
         slices=found.slices,
@@ -236,7 +236,8 @@ def _anchored(ids: NDArray[np.uint8], moved: Collection[str]) -> Iterator[tuple[
         last = at
 
 
-def _change(before: Mapping[str, str], now: Mapping[str, str]) -> Change:
+def change_of(before: Mapping[str, str], now: Mapping[str, str]) -> Change:
+    """Names that came, went, or stand for another digest now."""
     return Change(
         added=tuple(sorted(now.keys() - before.keys())),
         removed=tuple(sorted(before.keys() - now.keys())),

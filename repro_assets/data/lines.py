@@ -78,20 +78,7 @@ def made(
         slices = dict(sorted(slices.items(), key=lambda item: item[0].encode("utf-16-be")))
     said = said or said_by(messages)
     name = hashlib.sha256(said).hexdigest()
-    line = b"".join(
-        (
-            b'{"id":"',
-            name.encode(),
-            b'","key":',
-            _encoder.encode(key),
-            b',"messages":',
-            said,
-            b',"slices":',
-            _encoder.encode(slices),
-            b"}\n",
-        )
-    )
-    return Record(id=name, key=key, messages=messages, slices=slices), line
+    return Record(id=name, key=key, messages=messages, slices=slices), _line(name, key, said, slices)
 
 
 def _normal(message: Message) -> Message:
@@ -108,10 +95,22 @@ def _nfc(text: str) -> str:
 
 def encode(record: Record) -> bytes:
     """The record's leaf line, newline included."""
-    if all(message.plain for message in record.messages):
-        return _encoder.encode(record) + b"\n"
-    row = {"id": record.id, "key": record.key, "messages": msgspec.Raw(said_by(record.messages)), "slices": record.slices}
-    return _encoder.encode(row) + b"\n"
+    return _line(record.id, record.key, said_by(record.messages), record.slices)
+
+
+def _line(name: str, key: str | None, said: bytes, slices: dict[str, str]) -> bytes:
+    parts = (
+        b'{"id":"',
+        name.encode(),
+        b'","key":',
+        _encoder.encode(key),
+        b',"messages":',
+        said,
+        b',"slices":',
+        _encoder.encode(slices),
+        b"}\n",
+    )
+    return b"".join(parts)
 
 
 def decode(leaf: bytes) -> Iterator[Record]:

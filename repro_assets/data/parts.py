@@ -7,6 +7,7 @@ What needs more than one file is `records.py`; reading rows is `readers.py`; the
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import BinaryIO, Self, cast
 
@@ -87,8 +88,6 @@ def side(record: str, section: RecordsSection) -> str:
 @lru_cache
 def threshold(share: float) -> int:
     """The number below which `share` of all 64-bit numbers lie, exactly."""
-    from fractions import Fraction
-
     return int(Fraction(share) * (1 << 64))
 
 

@@ -255,16 +255,9 @@ def _since(
 ) -> Since | None:
     if previous is None:
         return None
-    moved = diff.records(previous[0], now, store)
     before = {path: file.made_from for path, file in previous[1].parsed.items()}
     after = {file.path: held.made_from for file, held in zip(files, parsed, strict=True)}
-    changed = sum(before[path] != after[path] for path in before.keys() & after.keys())
-    return Since(
-        files=(len(after.keys() - before.keys()), len(before.keys() - after.keys()), changed),
-        leaves=(moved.leaves_added, moved.leaves_removed),
-        records=(len(moved.records.added), len(moved.records.removed), len(moved.records.changed)),
-        slices=moved.slices,
-    )
+    return diff.summary(previous[0], now, store, diff.change_of(before, after))
 
 
 def _known_leaves(previous: tuple[Records, RecordsObserved] | None, store: BlobStore) -> dict[str, RecordLeaf]:
@@ -313,19 +306,8 @@ def _document(
 
 
 def _count(source: Source, count: Counter[str]) -> SourceCount:
-    fields = (
-        "files",
-        "read",
-        "kept",
-        "quarantined",
-        "duplicates",
-        "near_duplicates",
-        "contaminated",
-        "sensitive",
-        "unsampled",
-        "augmented",
-    )
-    return SourceCount(match=source.match, license=source.license, date=source.date, **{name: count[name] for name in fields})
+    said = {"match": source.match, "license": source.license, "date": source.date}
+    return msgspec.convert({**{name: count[name] for name in SourceCount.__struct_fields__}, **said}, SourceCount)
 
 
 def _flags(table: Table, kept: NDArray[np.int64]) -> Iterator[_Flag]:

@@ -3,6 +3,7 @@
 Secrets are what detect-secrets' plugins describe; personal data are in `personal.py`. Listing and dropping records is `records.py`.
 """
 
+import pkgutil
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -44,6 +45,32 @@ PLUGINS: dict[str, tuple[str, tuple[str, ...]]] = {
     "TelegramBotTokenDetector": ("telegram_token", (":",)),
     "TwilioKeyDetector": ("twilio_key", ("ac", "sk")),
 }
+#: modules of detect_secrets.plugins that hold the classes above
+_MODULES = (
+    "artifactory",
+    "aws",
+    "azure_storage_key",
+    "basic_auth",
+    "cloudant",
+    "discord",
+    "github_token",
+    "gitlab_token",
+    "ibm_cloud_iam",
+    "ibm_cos_hmac",
+    "jwt",
+    "mailchimp",
+    "npm",
+    "openai",
+    "private_key",
+    "pypi_token",
+    "sendgrid",
+    "slack",
+    "softlayer",
+    "square_oauth",
+    "stripe",
+    "telegram_token",
+    "twilio",
+)
 
 # What detect-secrets 1.5 does not know and training data is full of.
 OWN: dict[str, tuple[re.Pattern[str], tuple[str, ...]]] = {
@@ -163,59 +190,9 @@ class _Detector(msgspec.Struct, frozen=True):
 @lru_cache(maxsize=1)
 def _detectors() -> tuple[_Detector, ...]:
     """Patterns of detect-secrets' plugins. Only these are used: nothing is verified over the network and no setting of its own is read."""
-    from detect_secrets.plugins import (
-        artifactory,
-        aws,
-        azure_storage_key,
-        basic_auth,
-        cloudant,
-        discord,
-        github_token,
-        gitlab_token,
-        ibm_cloud_iam,
-        ibm_cos_hmac,
-        jwt,
-        mailchimp,
-        npm,
-        openai,
-        private_key,
-        pypi_token,
-        sendgrid,
-        slack,
-        softlayer,
-        square_oauth,
-        stripe,
-        telegram_token,
-        twilio,
-    )
-
     found: dict[str, Any] = {}
-    for module in (
-        artifactory,
-        aws,
-        azure_storage_key,
-        basic_auth,
-        cloudant,
-        discord,
-        github_token,
-        gitlab_token,
-        ibm_cloud_iam,
-        ibm_cos_hmac,
-        jwt,
-        mailchimp,
-        npm,
-        openai,
-        private_key,
-        pypi_token,
-        sendgrid,
-        slack,
-        softlayer,
-        square_oauth,
-        stripe,
-        telegram_token,
-        twilio,
-    ):
-        found |= vars(module)
+    for module in _MODULES:
+        found |= vars(pkgutil.resolve_name(f"detect_secrets.plugins.{module}"))
     made = []
     for name, (kind, anchors) in PLUGINS.items():
         plugin = found[name]
