@@ -80,10 +80,9 @@ class Leaf:
 
 def token_digest(ids: NDArray[Any], spans: NDArray[np.uint32]) -> bytes:
     """32 bytes: SHA-256 of the count of ids, the ids and the spans, each as little-endian uint32, so that the width does not matter."""
-    hashed = hashlib.sha256(struct.pack("<I", len(ids)))
-    hashed.update(np.ascontiguousarray(ids, dtype="<u4").data)
-    hashed.update(np.ascontiguousarray(spans, dtype="<u4").data)
-    return hashed.digest()
+    # One call on joined bytes: for a record of some kilobytes three calls cost more than the copy.
+    said = (struct.pack("<I", len(ids)), np.asarray(ids, "<u4").tobytes(), np.asarray(spans, "<u4").tobytes())
+    return hashlib.sha256(b"".join(said)).digest()
 
 
 def make(
@@ -100,7 +99,8 @@ def make(
 
     Raises LeafError for an id that `width` bytes cannot hold."""
     kind = np.dtype(np.uint16 if width == 2 else np.uint32)
-    if any(len(row) and int(row.max()) >= 1 << 8 * width for row in ids):
+    flat = np.concatenate([np.zeros(0, kind), *ids])
+    if len(flat) and int(flat.max()) >= 1 << 8 * width:
         raise LeafError(f"a token id does not fit {width} bytes")
     return Leaf(
         record=np.frombuffer(b"".join(records), np.uint8).reshape(-1, 32),
@@ -109,7 +109,7 @@ def make(
             np.uint8,
         ).reshape(-1, 32),
         cut=np.asarray(cut, np.uint32),
-        flat_ids=np.concatenate([np.zeros(0, kind), *(row.astype(kind) for row in ids)]),
+        flat_ids=flat.astype(kind),
         id_ends=np.cumsum([len(row) for row in ids], dtype=np.int64),
         flat_spans=np.concatenate([np.zeros((0, 2), np.uint32), *spans]),
         span_ends=np.cumsum([len(span) for span in spans], dtype=np.int64),
@@ -153,12 +153,14 @@ def store_form(leaf: Leaf) -> bytes:
         offsets = np.concatenate([np.zeros(1, np.int32), ends.astype(np.int32)])
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat, kind))
 
-    fixed = pa.binary(32)
+    def digests(rows: NDArray[np.uint8]) -> Any:
+        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(rows), [None, pa.py_buffer(rows.tobytes())])
+
     columns = {
-        "record": pa.array([bytes(row) for row in leaf.record], fixed),
+        "record": digests(leaf.record),
         "key": pa.array(leaf.keys, pa.string()),
         "slices": pa.array([msgspec.json.encode(value).decode() for value in leaf.slices], pa.string()),
-        "token": pa.array([bytes(row) for row in leaf.token], fixed),
+        "token": digests(leaf.token),
         "cut": pa.array(leaf.cut, pa.uint32()),
         "ids": nested(leaf.flat_ids, leaf.id_ends, pa.uint16() if leaf.width == 2 else pa.uint32()),
         "spans": nested(leaf.flat_spans.reshape(-1), leaf.span_ends * 2, pa.uint32()),

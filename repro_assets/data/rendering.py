@@ -33,12 +33,35 @@ _TRIALS = (
 Span = tuple[int, int]
 
 
+class Places(msgspec.Struct, frozen=True):
+    """Contents and trained text of a rendered conversation as spans of UTF-8 bytes, and the size of the whole."""
+
+    contents: tuple[Span, ...]
+    trained: tuple[Span, ...]
+    size: int
+
+
 class Rendered(msgspec.Struct, frozen=True):
-    """`contents`: spans of characters that come from messages, in text order. `trained`: spans of the assistant, end mark included."""
+    """`contents`: spans of characters that come from messages, in text order. `trained`: spans of the assistant, end mark included.
+    `counted`: the same in bytes, where the renderer had them at hand."""
 
     text: str
     contents: tuple[Span, ...]
     trained: tuple[Span, ...]
+    counted: Places | None = None
+
+    def in_bytes(self) -> Places:
+        """Contents and trained spans in bytes."""
+        if self.text.isascii():
+            return Places(self.contents, self.trained, len(self.text))
+        if self.counted is not None:
+            return self.counted
+        edges = sorted({0, len(self.text), *(edge for span in (*self.contents, *self.trained) for edge in span)})
+        place = {0: 0}
+        for start, end in pairwise(edges):
+            place[end] = place[start] + len(self.text[start:end].encode())
+        contents, trained = (tuple([(place[start], place[end]) for start, end in spans]) for spans in (self.contents, self.trained))
+        return Places(contents, trained, place[len(self.text)])
 
 
 class _Frame(msgspec.Struct, frozen=True):
@@ -53,12 +76,16 @@ class _Frame(msgspec.Struct, frozen=True):
         for piece, number, trimmed in self.slots:
             content = messages[number].content
             texts[piece] = content.strip() if trimmed else content
-        at = [0, *accumulate(map(len, texts))]
-        return Rendered(
-            text="".join(texts),
-            contents=tuple([(at[piece], at[piece + 1]) for piece, _number, _trimmed in self.slots]),
-            trained=tuple([(at[first], at[end]) for first, end in self.trained if at[first] < at[end]]),
-        )
+        text = "".join(texts)
+        contents, trained, _size = self._places([0, *accumulate(map(len, texts))])
+        if text.isascii():
+            return Rendered(text, contents, trained)
+        sizes = [len(piece) if piece.isascii() else len(piece.encode()) for piece in texts]
+        return Rendered(text, contents, trained, Places(*self._places([0, *accumulate(sizes)])))
+
+    def _places(self, at: Sequence[int]) -> tuple[tuple[Span, ...], tuple[Span, ...], int]:
+        contents = tuple([(at[piece], at[piece + 1]) for piece, _number, _trimmed in self.slots])
+        return contents, tuple([(at[first], at[end]) for first, end in self.trained if at[first] < at[end]]), at[-1]
 
 
 class Renderer:

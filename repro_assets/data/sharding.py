@@ -7,7 +7,7 @@ Leaves are made one by one, a pure map that may run anywhere (`workers.py`). Ids
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import msgspec
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from repro_assets.data import Progress, leaves, lines
 from repro_assets.data.engines import EngineMismatch
-from repro_assets.data.errors import DataError, LeafError
+from repro_assets.data.errors import DataError, LeafError, WorkerLost
 from repro_assets.data.leaves import Leaf
 from repro_assets.data.lines import Record
 from repro_assets.data.tokenizing import Codec, Tokens, load
@@ -37,13 +37,15 @@ class _Unit(msgspec.Struct, frozen=True):
 
 
 class _Made(msgspec.Struct, frozen=True):
-    """The token leaf of a record leaf and where its stored form is; None when none of its records has a trained token."""
+    """The token leaf of a record leaf and where its stored form is; None when none of its records has a trained token. `engine`: what
+    made it just now."""
 
     entry: TokenLeaf | None
     blob: Blob | None
     untrained: tuple[str, ...]
     records_new: int = 0
     tokens_new: int = 0
+    engine: Engine | None = None
 
 
 class Untrained(msgspec.Struct, frozen=True):
@@ -71,12 +73,16 @@ def build(
     Records longer than max_tokens are cut and counted; records without a trained token are in the quarantine blob.
     """
     started = time.monotonic()
+    workers = workers or Serial()
+    task, refused = Tokenise(base_model, section, store), None
     try:
-        totals, task = _mapped(Tokenise(base_model, section, store), records, previous, progress, workers or Serial())
+        totals = _mapped(task, records, previous, progress, workers)
     except EngineMismatch as mismatch:
-        # Another engine than the reference gave other ids to a record: nothing that it made is kept.
-        refused = Tokenise(base_model, section, store, mismatch.gate)
-        totals, task = _mapped(refused, records, previous, progress, workers or Serial())
+        refused = mismatch.gate
+    if refused is not None:
+        # What stood in for the reference gave other ids to a record: nothing that it made is kept.
+        task = Tokenise(base_model, section, store, refused)
+        totals = _mapped(task, records, previous, progress, workers)
     if not totals.entries:
         raise DataError(
             f"none of {len(totals.untrained)} records has a trained token: "
@@ -100,22 +106,37 @@ def _mapped(
     previous: tuple[Shards, ShardsObserved] | None,
     progress: Progress | None,
     workers: Workers,
-) -> tuple["_Totals", "Tokenise"]:
-    engine = task.codec.engine()
-    known = _Known(previous, task.base_model, engine, task.codec.width, task.store)
+) -> "_Totals":
+    known = _Known(previous, task)
     taken = [known.leaves.get((leaf.split, leaf.blob.sha256)) for leaf in records.leaves]
     wanted = [leaf for leaf, held in zip(records.leaves, taken, strict=True) if held is None]
-    made = workers.map(task, known.units(wanted, {leaf.blob.sha256 for leaf in records.leaves}))
+    # Processes of this machine take fastokens untried and start while it passes the gate here; before that nothing of theirs is used.
+    sent = task if isinstance(workers, Serial) else replace(task, tried=workers.local)
+    made = workers.map(sent, known.units(wanted, {leaf.blob.sha256 for leaf in records.leaves}))
+    engine = task.codec.engine()
     totals = _Totals()
     for number, held in enumerate(taken, start=1):
         if held is None:
-            totals.add(next(made), reused=False)
+            totals.add(_checked(next(made), engine), reused=False)
         else:
             totals.add(_Made(held[0], held[1], held[0].untrained), reused=True)
         if progress:
             progress("leaves", number, len(taken))
     assert next(made, None) is None, "the map gave more leaves than were asked for"
-    return totals, task
+    return totals
+
+
+def _checked(made: "_Made", engine: Engine) -> "_Made":
+    """What a worker made. Raises EngineMismatch when it used a fastokens that did not pass the gate, WorkerLost for other libraries."""
+    theirs = made.engine
+    if theirs is None or (theirs.name, theirs.version, theirs.canary) == (engine.name, engine.version, engine.canary):
+        return made
+    if (theirs.name, engine.name) == ("fastokens", "tokenizers"):
+        raise EngineMismatch("fastokens did not pass the gate", engine.gate or "")
+    raise WorkerLost(
+        f"a worker tokenised with {theirs.name} {theirs.version} (canary {theirs.canary[:12]}), this process with {engine.name} "
+        f"{engine.version} (canary {engine.canary[:12]}): install the same lock on every node"
+    )
 
 
 class _Totals:
@@ -181,18 +202,19 @@ class _Name(msgspec.Struct, frozen=True):
 class _Known:
     """What the previous shards can give: whole leaves by their record leaf, and the leaves that are gone for single records."""
 
-    def __init__(
-        self, previous: tuple[Shards, ShardsObserved] | None, model: BaseModel, engine: Engine, width: int, store: BlobStore
-    ) -> None:
-        self.store = store
+    def __init__(self, previous: tuple[Shards, ShardsObserved] | None, task: "Tokenise") -> None:
+        self.store = task.store
         self.leaves: dict[tuple[str, str], tuple[TokenLeaf, Blob]] = {}
         if previous is None:
             return
         shards, observed = previous
-        if (shards.engine, shards.tokenizer, shards.template, shards.width) != (engine, model.tokenizer, model.template, width):
+        model, codec = task.base_model, task.codec
+        if (shards.engine, shards.tokenizer, shards.template, shards.width) != (
+            *(codec.engine(), model.tokenizer, model.template, codec.width),
+        ):
             return
         there = {entry.sha256: observed.stored[entry.sha256] for entry in shards.leaves if entry.sha256 in observed.stored}
-        missing = store.missing({blob.sha256 for blob in there.values()})
+        missing = self.store.missing({blob.sha256 for blob in there.values()})
         usable = [entry for entry in shards.leaves if entry.sha256 in there and there[entry.sha256].sha256 not in missing]
         self.leaves = {(entry.split, entry.source): (entry, there[entry.sha256]) for entry in usable}
 
@@ -215,16 +237,21 @@ class _Known:
 
 @dataclass(frozen=True)
 class Tokenise:
-    """The task: one record leaf to its token leaf in the store. `refused`: why another engine than the reference is not used."""
+    """The task: one record leaf to its token leaf in the store. `refused`, `tried`: see `Codec`."""
 
     base_model: BaseModel
     section: ShardingSection
     store: BlobStore
     refused: str | None = None
+    tried: bool = False
 
     @cached_property
     def codec(self) -> Codec:
-        return load(self.store, self.base_model, self.section.engine, self.refused)
+        return load(self.store, self.base_model, self.section.engine, self.refused, self.tried)
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return self.codec.engine()
 
     @cached_property
     def _held(self) -> dict[str, Leaf]:
@@ -232,7 +259,7 @@ class Tokenise:
 
     def __getstate__(self) -> dict[str, object]:
         """Without the codec: a tokenizer is made in every process for itself."""
-        return {"base_model": self.base_model, "section": self.section, "store": self.store, "refused": self.refused}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __call__(self, unit: _Unit) -> _Made:
         records = list(lines.decode(self.store.get_bytes(unit.source.blob.sha256)))
@@ -241,12 +268,14 @@ class Tokenise:
         made = iter(self.codec.tokens(fresh, self.section.max_tokens, self.section.train_on))
         tokens = [held[record.id][0] if record.id in held else next(made) for record in records]
         tokens_new = sum(len(now.ids) for record, now in zip(records, tokens, strict=True) if record.id not in held)
-        kept = [(record, now) for record, now in zip(records, tokens, strict=True) if now.trained]
-        untrained = tuple(record.id for record, now in zip(records, tokens, strict=True) if not now.trained)
+        trained = [bool(now.trained) for now in tokens]
+        kept = [pair for pair, has in zip(zip(records, tokens, strict=True), trained, strict=True) if has]
+        untrained = tuple(record.id for record, has in zip(records, trained, strict=True) if not has)
         if not kept:
-            return _Made(None, None, untrained, len(fresh), tokens_new)
+            return _Made(None, None, untrained, len(fresh), tokens_new, self._engine)
         leaf = self._leaf(kept, [held[record.id][1] if record.id in held else None for record, _now in kept])
-        return _Made(_entry(unit.source, leaf, untrained), self.store.put_bytes(leaves.store_form(leaf)), untrained, len(fresh), tokens_new)
+        blob = self.store.put_bytes(leaves.store_form(leaf))
+        return _Made(_entry(unit.source, leaf, untrained), blob, untrained, len(fresh), tokens_new, self._engine)
 
     def _leaf(self, kept: list[tuple[Record, Tokens]], digests: list[bytes | None]) -> Leaf:
         return leaves.make(

@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from repro_assets.data import engines
+from repro_assets.data import engines, word_cache
 from repro_assets.data.engines import Backend, EngineMismatch, Reference
 from repro_assets.data.errors import RenderingError, TokenizerError
 from repro_assets.data.lines import Record
@@ -40,7 +40,7 @@ class Tokens(msgspec.Struct, frozen=True):
 
     @property
     def trained(self) -> int:
-        return int((self.spans[:, 1].astype(np.int64) - self.spans[:, 0]).sum())
+        return sum([end - start for start, end in self.spans.tolist()])
 
 
 class Codec:
@@ -50,9 +50,10 @@ class Codec:
     template's own text. `width`: bytes an id needs (2 or 4). `gate`: what was found when another engine than the reference was asked for.
     """
 
-    def __init__(self, files: Mapping[str, bytes], engine: str = "tokenizers", refused: str | None = None) -> None:
+    def __init__(self, files: Mapping[str, bytes], engine: str = "tokenizers", refused: str | None = None, tried: bool = False) -> None:
         """`files`: tokenizer.json, tokenizer_config.json and chat_template.jinja by name. `engine`: fastokens is used if it passes the
-        gate. `refused`: why it was given up after all (`EngineMismatch.gate`). Raises TokenizerError or RenderingError."""
+        gate. `refused`: what a sampled record said against what stood in for the reference (`EngineMismatch.gate`); it alone is used then.
+        `tried`: the caller has the gate's verdict on the same library from elsewhere. Raises TokenizerError or RenderingError."""
         definition = _definition(files)
         template = find_template(files)
         named = named_tokens(files)
@@ -81,17 +82,18 @@ class Codec:
         self._bytes = _Bytes(bare, vocabulary, self.highest)
         self._follows = self._bytes.fit(self._reference)
         self._backend: Backend = self._reference
-        self.gate: str | None = refused
+        self.gate: str | None = refused or None
         if engine == "fastokens" and refused is None:
-            self._backend, self.gate = self._admit(bare, marks)
+            self._backend, self.gate = self._admit(bare, marks, tried)
+        self._definition, self._wait = bare, word_cache.WORTHWHILE if refused is None and self._follows else None
 
-    def _admit(self, definition: Mapping[str, Any], marks: Sequence[str]) -> tuple[Backend, str]:
+    def _admit(self, definition: Mapping[str, Any], marks: Sequence[str], tried: bool) -> tuple[Backend, str]:
         if not self._follows:
             return self._reference, (
                 "fastokens refused, tokenizers used: it gives no character offsets, and the tokens of this tokenizer are not the bytes of "
                 "the text, so the loss spans need the reference"
             )
-        return engines.admit(self._reference, definition, marks)
+        return engines.admit(self._reference, definition, marks, tried)
 
     def engine(self) -> Engine:
         """Name and version of the library in use, the digest of the ids it gives to fixed strings, and the gate's verdict."""
@@ -101,8 +103,9 @@ class Codec:
     def tokens(self, records: Sequence[Record], max_tokens: int, train_on: str = "assistant") -> list[Tokens]:
         """Ids and loss spans of every record, cut at `max_tokens`.
 
-        Raises RenderingError naming the record; EngineMismatch when fastokens gave a sampled record other ids than the reference.
+        Raises RenderingError naming the record; EngineMismatch when what stands in for the reference gave a sampled record other ids.
         """
+        self._hasten(len(records))
         out: list[Tokens] = []
         for start in range(0, len(records), BATCH):
             batch = records[start : start + BATCH]
@@ -110,6 +113,15 @@ class Codec:
             for ids, spans in self._encoded(batch, rendered):
                 out.append(_cut(ids, spans, max_tokens))
         return out
+
+    def _hasten(self, count: int) -> None:
+        """Put the cache of words before the reference once enough records have come to pay for its trial."""
+        if self._wait is None or self._backend is not self._reference:
+            return
+        self._wait -= count
+        if self._wait <= 0:
+            self._wait = None
+            self._backend = word_cache.admit(self._reference, self._definition) or self._reference
 
     def _render(self, record: Record, train_on: str) -> Rendered:
         try:
@@ -141,12 +153,18 @@ class Codec:
         for number, encoding in zip(drawn, encodings, strict=True):
             ids, spans = self._spans(records[number], rendered[number], encoding)
             if not np.array_equal(ids, found[number][0]) or spans != found[number][1]:
-                backend = self._backend
-                raise EngineMismatch(
-                    f"record {records[number].id}: fastokens {backend.version} gives other tokens than tokenizers {tokenizers.__version__}; "
-                    "set sharding.engine to tokenizers",
-                    engines.refusal(backend.version, f"gave a sampled record other tokens than tokenizers {tokenizers.__version__}"),
-                )
+                raise EngineMismatch(*self._mismatch(records[number].id))
+
+    def _mismatch(self, record: str) -> tuple[str, str]:
+        """What is said of a record with other tokens, and what the gate says from then on."""
+        backend = self._backend
+        if backend.name == self._reference.name:
+            return f"record {record}: the cache of words gives other tokens than tokenizers {backend.version}", self.gate or ""
+        found = f"other tokens than tokenizers {tokenizers.__version__}"
+        return (
+            f"record {record}: fastokens {backend.version} gives {found}; set sharding.engine to tokenizers",
+            engines.refusal(backend.version, f"gave a sampled record {found}"),
+        )
 
     def _spans(self, record: Record, text: Rendered, encoding: tokenizers.Encoding) -> tuple[NDArray[np.uint32], list[Span]]:
         ids = np.asarray(encoding.ids, dtype=np.uint32)
@@ -216,7 +234,7 @@ class _Bytes:
     """
 
     def __init__(self, definition: Mapping[str, Any], vocabulary: Mapping[str, int], highest: int) -> None:
-        steps = _steps(definition.get("pre_tokenizer"))
+        steps = engines.steps(definition.get("pre_tokenizer"))
         level = any(step.get("type") == "ByteLevel" for step in steps)
         inverse = _byte_characters() if level else {}
         table: list[bytes | None] = [None] * (highest + 1)
@@ -265,24 +283,24 @@ class _Bytes:
         contents: list[Span] = []
         trained: list[Span] = []
         for number, (text, base, held) in enumerate(zip(rendered, bases.tolist(), spread, strict=False)):
-            inside, said, size = _in_bytes(text)
-            if held != size or not (self._lossless or self._are(ids[bounds[number] : bounds[number + 1]], text.text.encode())):
+            places = text.in_bytes()
+            if held != places.size or not (self._lossless or self._are(ids[bounds[number] : bounds[number + 1]], text.text.encode())):
                 continue
             good.append(number)
-            contents += [(base + start, base + end) for start, end in inside if start < end]
-            trained += [(base + start, base + end) for start, end in said]
+            contents += [(base + start, base + end) for start, end in places.contents if start < end]
+            trained += [(base + start, base + end) for start, end in places.trained]
         forged = set(np.searchsorted(bounds, self._touching(at, ids, contents, is_control), "right").tolist())
         edges = np.array(trained, dtype=np.int64).reshape(-1, 2)
         first = (np.searchsorted(at, edges[:, 0], "right") - 1).tolist()
         last = np.searchsorted(at, edges[:, 1], "left").tolist()
         found = {}
         used = 0
-        places = bounds.tolist()
+        starts = bounds.tolist()
         for number in good:
-            count, start = len(rendered[number].trained), places[number]
+            count, start = len(rendered[number].trained), starts[number]
             if number + 1 not in forged:
                 spans = [(first[n] - start, last[n] - start) for n in range(used, used + count) if edges[n, 0] < edges[n, 1]]
-                found[number] = (ids[start : places[number + 1]], spans)
+                found[number] = (ids[start : starts[number + 1]], spans)
             used += count
         return found
 
@@ -299,10 +317,10 @@ class _Bytes:
         return places[inside]
 
 
-def load(store: BlobStore, model: BaseModel, engine: str = "tokenizers", refused: str | None = None) -> Codec:
+def load(store: BlobStore, model: BaseModel, engine: str = "tokenizers", refused: str | None = None, tried: bool = False) -> Codec:
     """The codec of a base model from its files in the store. Raises TokenizerError when it does not fit the model."""
     files = {name: store.get_bytes(model.model_files[name].sha256) for name in FILES if name in model.model_files}
-    codec = Codec(files, engine, refused)
+    codec = Codec(files, engine, refused, tried)
     if codec.highest >= model.vocabulary:
         raise TokenizerError(
             f"tokenizer.json has the id {codec.highest}, the model's embedding only {model.vocabulary} rows: "
@@ -323,14 +341,6 @@ def _definition(files: Mapping[str, bytes]) -> dict[str, Any]:
     return dict(definition)
 
 
-def _steps(part: Any) -> list[dict[str, Any]]:
-    """The steps of a pre-tokenizer, sequences laid open."""
-    if not isinstance(part, dict):
-        return []
-    inner = part.get("pretokenizers")
-    return [step for one in inner for step in _steps(one)] if isinstance(inner, list) else [part]
-
-
 def _byte_characters() -> dict[str, int]:
     """GPT-2's characters for bytes: printable Latin-1 as itself, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -344,18 +354,6 @@ def _token_bytes(token: str, inverse: Mapping[str, int]) -> bytes | None:
     if single := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
         return bytes([int(single.group(1), 16)])
     return token.replace("\u2581", " ").encode()
-
-
-def _in_bytes(text: Rendered) -> tuple[Sequence[Span], Sequence[Span], int]:
-    """The spans of contents and of trained text in bytes, and the size of the whole text in bytes."""
-    if text.text.isascii():
-        return text.contents, text.trained, len(text.text)
-    edges = sorted({0, len(text.text), *(edge for span in (*text.contents, *text.trained) for edge in span)})
-    place = {0: 0}
-    for start, end in pairwise(edges):
-        place[end] = place[start] + len(text.text[start:end].encode())
-    contents = [(place[start], place[end]) for start, end in text.contents]
-    return contents, [(place[start], place[end]) for start, end in text.trained], place[len(text.text)]
 
 
 def _tight(text: str, start: int, end: int) -> Span:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 from repro_assets.data.errors import WorkerLost
@@ -80,9 +80,15 @@ class Spawn:
         self.count = count
 
     def map(self, task: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[Result]:
+        mapped = self._mapped(task, units)
+        next(mapped, None)  # starts the processes, so that they load while the caller still prepares
+        return mapped
+
+    def _mapped(self, task: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[Result]:
+        """First nothing, then the results."""
         waiting = iter(units)
         held: deque[Any] = deque()
-        deaths = 0
+        deaths, starting = 0, True
         pool, flying = self._pool(task), deque[Future[Any]]()
         try:
             while True:
@@ -91,6 +97,9 @@ class Spawn:
                     flying.append(pool.submit(_run, unit))
                 if not held:
                     return
+                if starting:
+                    starting = False
+                    yield cast(Result, None)
                 try:
                     result = flying[0].result()
                 except BrokenProcessPool:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from repro_assets.data import engines, leaves, lines, sharding
-from repro_assets.data.errors import DataError, LeafError
+from repro_assets.data.errors import DataError, LeafError, WorkerLost
 from repro_assets.data.lines import Record
 from repro_assets.data.tokenizing import Codec, load
+from repro_assets.data.workers import Spawn
 from repro_assets.documents import BaseModel, Records, Shards, ShardsObserved
 from repro_assets.recipe import RecordsSection, ShardingSection, Split
 from repro_assets.trust.blob import BlobMissing, FolderStore
@@ -224,3 +225,33 @@ def test_an_engine_that_fails_on_a_sampled_record_is_replaced_for_every_record(
     assert "gave a sampled record other tokens" in str(shards.engine.gate)
     assert [leaf.sha256 for leaf in shards.leaves] == [leaf.sha256 for leaf in right.leaves]
     assert set(observed.stored) == {leaf.sha256 for leaf in shards.leaves}
+
+
+def test_workers_take_fastokens_untried_and_nothing_of_theirs_is_kept_when_it_fails_the_gate_here(
+    chats: Callable[[list[str]], Records], base_model: BaseModel, store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = chats(numbers(300))
+    fast = ShardingSection(engine="fastokens")
+    alone = sharding.build(made, base_model, fast, store)[0]
+    assert sharding.build(made, base_model, fast, store, workers=Spawn(2))[0] == alone
+    plain = sharding.build(made, base_model, ShardingSection(), store)[0]
+    # Seen by this process only: the workers' own library passes no judgement.
+    monkeypatch.setattr(engines, "difference", lambda *_how: "'x': at token 0 [1] became [2]")
+    refused, observed = sharding.build(made, base_model, fast, store, workers=Spawn(2))
+    assert refused.engine.name == "tokenizers"
+    assert "gives other ids than tokenizers" in str(refused.engine.gate)
+    assert refused == msgspec.structs.replace(plain, engine=refused.engine)
+    assert refused == sharding.build(made, base_model, fast, store)[0]
+    assert set(observed.stored) == {leaf.sha256 for leaf in refused.leaves}
+
+
+def test_a_worker_with_another_tokenizer_library_is_named(
+    chats: Callable[[list[str]], Records], base_model: BaseModel, store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster's nodes are installed by somebody else: shards must not say of all of them what is true of the driver."""
+    made = chats(numbers(10))
+    monkeypatch.setattr(engines.Reference, "version", "0.0.1")  # of this process, not of the workers
+    with pytest.raises(
+        WorkerLost, match=r"a worker tokenised with tokenizers 0\.\d+\.\d+ .*this process with tokenizers 0\.0\.1 .*same lock"
+    ):
+        sharding.build(made, base_model, ShardingSection(), store, workers=Spawn(1))
