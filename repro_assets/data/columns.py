@@ -97,7 +97,7 @@ COLUMNS: dict[str, tuple[str, bool]] = {
 }
 
 
-class Examined(msgspec.Struct, frozen=True):
+class Examined(msgspec.Struct, frozen=True, gc=False):
     """A record of the file with its row, leaf line, split, the augmentation that made it, what was found in it, the digest of its bytes and
     the cleaning steps that changed it."""
 

@@ -149,21 +149,31 @@ def store_form(leaf: Leaf) -> bytes:
     """The leaf as one Arrow IPC stream with one record batch, compressed with zstd."""
     import pyarrow as pa
 
-    def nested(flat: NDArray[Any], ends: NDArray[np.int64], kind: Any) -> Any:
-        offsets = np.concatenate([np.zeros(1, np.int32), ends.astype(np.int32)])
-        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat, kind))
+    # From buffers, and back in `_from_batch`: pyarrow.array() and to_numpy() import pandas where it is installed, a second of every process.
+    def plain(values: NDArray[Any], kind: Any) -> Any:
+        return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values).tobytes())])
 
-    def digests(rows: NDArray[np.uint8]) -> Any:
-        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(rows), [None, pa.py_buffer(rows.tobytes())])
+    def offsets(lengths: Any) -> Any:
+        return pa.py_buffer(np.concatenate([np.zeros(1, "<i4"), np.cumsum(lengths, dtype="<i4")]).tobytes())
 
+    def nested(flat: NDArray[Any], lengths: Any, kind: Any) -> Any:
+        return pa.Array.from_buffers(pa.list_(kind), len(leaf), [None, offsets(lengths)], children=[plain(flat, kind)])
+
+    def strings(values: Sequence[bytes | None]) -> Any:
+        there = np.packbits(np.array([value is not None for value in values], bool), bitorder="little").tobytes()
+        data = [value or b"" for value in values]
+        buffers = [pa.py_buffer(there) if None in values else None, offsets([len(value) for value in data]), pa.py_buffer(b"".join(data))]
+        return pa.Array.from_buffers(pa.string(), len(values), buffers)
+
+    spans = np.diff(leaf.span_ends, prepend=0) * 2
     columns = {
-        "record": digests(leaf.record),
-        "key": pa.array(leaf.keys, pa.string()),
-        "slices": pa.array([msgspec.json.encode(value).decode() for value in leaf.slices], pa.string()),
-        "token": digests(leaf.token),
-        "cut": pa.array(leaf.cut, pa.uint32()),
-        "ids": nested(leaf.flat_ids, leaf.id_ends, pa.uint16() if leaf.width == 2 else pa.uint32()),
-        "spans": nested(leaf.flat_spans.reshape(-1), leaf.span_ends * 2, pa.uint32()),
+        "record": plain(leaf.record, pa.binary(32)),
+        "key": strings([None if key is None else key.encode() for key in leaf.keys]),
+        "slices": strings([msgspec.json.encode(value) for value in leaf.slices]),
+        "token": plain(leaf.token, pa.binary(32)),
+        "cut": plain(leaf.cut, pa.uint32()),
+        "ids": nested(leaf.flat_ids, leaf.lengths, pa.uint16() if leaf.width == 2 else pa.uint32()),
+        "spans": nested(leaf.flat_spans.reshape(-1), spans, pa.uint32()),
     }
     batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
     sink = pa.BufferOutputStream()
@@ -198,25 +208,33 @@ def record_column(stored: bytes) -> bytes:
     try:
         options = pa.ipc.IpcReadOptions(included_fields=[0], use_threads=False)
         batch = pa.ipc.open_stream(pa.BufferReader(stored), options=options).read_next_batch()
-        return b"".join(batch.column("record").to_pylist())
-    except (pa.ArrowException, OSError, KeyError, ValueError, StopIteration) as error:
+        return _plain(batch.column("record"), "u1", 32).tobytes()
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, StopIteration) as error:
         raise LeafError(f"a stored token leaf cannot be read: {error}; materialize shards again") from error
+
+
+def _plain(array: Any, kind: str, per: int = 1) -> NDArray[Any]:
+    """The values of an Arrow array of fixed width, `per` numbers of `kind` each. Raises TypeError for an array of another width."""
+    if array.type.bit_width != 8 * per * np.dtype(kind).itemsize or array.null_count:
+        raise TypeError(f"a column of {array.type} where {per} {kind} are expected")
+    buffer = array.buffers()[1]
+    return np.frombuffer(buffer, kind)[array.offset * per : (array.offset + len(array)) * per] if buffer else np.zeros(0, kind)
 
 
 def _from_batch(batch: Any) -> Leaf:
     batch.validate(full=True)
     column = {name: batch.column(name) for name in ("record", "key", "slices", "token", "cut", "ids", "spans")}
 
-    def flat(name: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        offsets = column[name].offsets.to_numpy().astype(np.int64)
-        return column[name].values.to_numpy()[offsets[0] : offsets[-1]], offsets[1:] - offsets[0]
+    def flat(name: str, kind: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        offsets = _plain(column[name].offsets, "<i4").astype(np.int64)
+        return _plain(column[name].values, kind)[offsets[0] : offsets[-1]], offsets[1:] - offsets[0]
 
-    ids, ends = flat("ids")
-    spans, span_ends = flat("spans")
+    ids, ends = flat("ids", f"<u{column['ids'].type.value_type.bit_width // 8}")
+    spans, span_ends = flat("spans", "<u4")
     return Leaf(
-        record=np.frombuffer(b"".join(column["record"].to_pylist()), np.uint8).reshape(-1, 32),
-        token=np.frombuffer(b"".join(column["token"].to_pylist()), np.uint8).reshape(-1, 32),
-        cut=column["cut"].to_numpy(),
+        record=_plain(column["record"], "u1", 32).reshape(-1, 32),
+        token=_plain(column["token"], "u1", 32).reshape(-1, 32),
+        cut=_plain(column["cut"], "<u4"),
         flat_ids=ids,
         id_ends=ends,
         flat_spans=spans.reshape(-1, 2),

@@ -15,7 +15,7 @@ from repro_assets.trust.blob import Blob, BlobStore
 from repro_assets.trust.canonical import canonical
 
 
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """One turn, of `system`, `user`, `assistant` or `tool`; or the `text` of a record of raw text. `tool_calls`: canonical JSON of the calls
     of an assistant turn, without ids: answers follow in the order of the calls.
 
@@ -33,7 +33,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         return self.name is None and self.tool_calls is None
 
 
-class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """One record. `id`: SHA-256 of the canonical JSON of `messages` alone, so that a new key or slice label is no new record."""
 
     id: str

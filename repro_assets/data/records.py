@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import pairwise
 from typing import cast
@@ -32,7 +33,8 @@ from repro_assets.trust.blob import Blob, BlobStore
 from repro_assets.trust.canonical import sha256
 
 SLICE_VALUES = 1000
-BATCH = 64
+BATCH = 32
+THREADS = 4  # each holds the text of a batch
 __all__ = ["Aside", "Place", "asides", "build", "places", "side"]
 
 
@@ -47,9 +49,15 @@ class _Flag(msgspec.Struct, frozen=True):
 
 
 def _cut(
-    table: Table, kept: NDArray[np.int64], section: RecordsSection, known: dict[str, RecordLeaf], store: BlobStore, texts: Texts
+    table: Table,
+    kept: NDArray[np.int64],
+    section: RecordsSection,
+    known: dict[str, RecordLeaf],
+    store: BlobStore,
+    texts: Texts,
+    threads: int,
 ) -> tuple[list[RecordLeaf], int]:
-    """Leaves of each split, and how many were there before. The text of a known leaf is not fetched."""
+    """Leaves of each split, and how many were there before. The text of a known leaf is not fetched. `threads`: how many hash and store."""
     leaves: list[RecordLeaf] = []
     wanted: list[tuple[int, NDArray[np.int64]]] = []
     reused = 0
@@ -72,15 +80,20 @@ def _cut(
     if wanted:
         used = {leaf.lines for leaf in leaves}
         texts.prepare(np.concatenate([rows for _number, rows in wanted]), [leaf.blob for lines, leaf in known.items() if lines not in used])
-    for first in range(0, len(wanted), BATCH):
-        batch = wanted[first : first + BATCH]
+
+    def written(batch: list[tuple[int, NDArray[np.int64]]]) -> tuple[list[Blob], int]:
         items = [texts.lines(positions) for _number, positions in batch]
         blobs = [Blob(sha256(item), len(item)) for item in items]
         missing = store.missing({blob.sha256 for blob in blobs})
         store.put_many([item for item, blob in zip(items, blobs, strict=True) if blob.sha256 in missing])
-        reused += len(blobs) - len(missing)
-        for (number, _positions), blob in zip(batch, blobs, strict=True):
-            leaves[number] = msgspec.structs.replace(leaves[number], blob=blob)
+        return blobs, len(blobs) - len(missing)
+
+    batches = [wanted[first : first + BATCH] for first in range(0, len(wanted), BATCH)]
+    with ThreadPoolExecutor(threads) as pool:
+        for batch, (blobs, found) in zip(batches, pool.map(written, batches), strict=True):
+            reused += found
+            for (number, _positions), blob in zip(batch, blobs, strict=True):
+                leaves[number] = msgspec.structs.replace(leaves[number], blob=blob)
     return leaves, reused
 
 
@@ -170,7 +183,7 @@ def build(
         _limit(tally, section)
         positions, clusters = _chosen(table, tally, section)
         with closing(Texts(table, spilled, task)) as texts:
-            leaves, reused = _cut(table, positions, section, _known_leaves(previous, store), store, texts)
+            leaves, reused = _cut(table, positions, section, _known_leaves(previous, store), store, texts, min(workers.count, THREADS))
     result = _document(table, tally, positions, clusters, leaves, store)
     since = _since(previous, result, parsed, files, store)
     seconds = time.monotonic() - started

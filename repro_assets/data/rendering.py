@@ -33,7 +33,7 @@ _TRIALS = (
 Span = tuple[int, int]
 
 
-class Places(msgspec.Struct, frozen=True):
+class Places(msgspec.Struct, frozen=True, gc=False):
     """Contents and trained text of a rendered conversation as spans of UTF-8 bytes, and the size of the whole."""
 
     contents: tuple[Span, ...]
@@ -41,7 +41,7 @@ class Places(msgspec.Struct, frozen=True):
     size: int
 
 
-class Rendered(msgspec.Struct, frozen=True):
+class Rendered(msgspec.Struct, frozen=True, gc=False):
     """`contents`: spans of characters that come from messages, in text order. `trained`: spans of the assistant, end mark included.
     `counted`: the same in bytes, where the renderer had them at hand."""
 

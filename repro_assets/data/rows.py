@@ -59,7 +59,7 @@ REASONS = {
 Shaped = tuple[tuple[Message, ...], str | None, dict[str, str]]
 
 
-class Row(msgspec.Struct, frozen=True):
+class Row(msgspec.Struct, frozen=True, gc=False):
     """One good row. `line`: 1-based line; row number in Parquet and in a JSON array. `offset`, `length`: bytes of the row in the file (in
     the uncompressed bytes of a compressed one), without its newline; in Parquet the row group and the row in it."""
 

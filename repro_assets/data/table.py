@@ -5,6 +5,7 @@ What stays and how leaves are cut is `records.py`; how a part is made is `parts.
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -94,6 +95,7 @@ class Texts:
         self.table, self.task = table, task
         self.files = {number: open(spill.path, "rb") for number, spill in spilled.items()}  # noqa: SIM115  closed by `close`
         self.held: dict[int, bytes] = {}
+        self.lock = threading.Lock()
         self.again: dict[int, bytes] = {}
         self.there = np.zeros(len(table), bool)
         for number, (_file, part) in enumerate(table.parts):
@@ -157,7 +159,8 @@ class Texts:
         part, there = self.table.part[positions], self.there[positions]
         breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(part) != 0) | (np.diff(there) != 0)) + 1
         first, last = positions[np.concatenate([[0], breaks])], positions[np.concatenate([breaks - 1, [len(positions) - 1]])]
-        return b"".join(self._run(*ends) for ends in zip(first.tolist(), last.tolist(), strict=True))
+        runs = [self._run(*ends) for ends in zip(first.tolist(), last.tolist(), strict=True)]
+        return runs[0] if len(runs) == 1 else b"".join(runs)
 
     def _run(self, first: int, last: int) -> bytes:
         if not self.there[first]:
@@ -166,10 +169,11 @@ class Texts:
         begin, end = int(self.ends[first]) - int(self.table.size[first]), int(self.ends[last])
         if number in self.files:
             return os.pread(self.files[number].fileno(), end - begin, begin)
-        if number not in self.held:
-            while len(self.held) >= self.HELD:
-                self.held.pop(next(iter(self.held)))
-            stored = self.table.parts[number][1].text
-            assert stored is not None, "a part whose text is nowhere has no row that is there"
-            self.held[number] = columns.text(self.table.store.get_bytes(stored.sha256))
-        return self.held[number][begin:end]
+        with self.lock:
+            if number not in self.held:
+                while len(self.held) >= self.HELD:
+                    self.held.pop(next(iter(self.held)))
+                stored = self.table.parts[number][1].text
+                assert stored is not None, "a part whose text is nowhere has no row that is there"
+                self.held[number] = columns.text(self.table.store.get_bytes(stored.sha256))
+            return self.held[number][begin:end]

@@ -6,6 +6,7 @@ The text comes from `rendering.py`, the ids from a library in `engines.py`; stor
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +31,7 @@ PROBES = ("a b", " a", "\n\nx", "é1")
 _UNKNOWN = 1 << 40
 
 
-class Tokens(msgspec.Struct, frozen=True):
+class Tokens(msgspec.Struct, frozen=True, gc=False):
     """Of one record: `ids` uint32 (n,), or uint16 when taken from a leaf; `spans` uint32 (k, 2) of trained token positions; `cut`: tokens
     beyond max_tokens."""
 
@@ -67,10 +68,9 @@ class Codec:
         bare = {**definition, "post_processor": None, "truncation": None, "padding": None}
         self._reference = Reference(bare)
         self._engine = self._reference.library
-        # The same engine that reads control tokens as plain text.
+        # The same engine that reads control tokens as plain text; few texts need it, and loading it is not free.
         escaped = [{**token, "special": token in controls or token["special"]} for token in added]
-        self._escaping = Reference({**bare, "added_tokens": escaped}).library
-        self._escaping.encode_special_tokens = True
+        self._escaped_definition = {**bare, "added_tokens": escaped}
         vocabulary = self._engine.get_vocab(with_added_tokens=True)
         self.size = self._engine.get_vocab_size(with_added_tokens=True)
         self.highest = max(vocabulary.values(), default=0)
@@ -212,6 +212,12 @@ class Codec:
                 if token in self.controls:
                     found.append((begin + start, begin + end, token))
         return found
+
+    @cached_property
+    def _escaping(self) -> tokenizers.Tokenizer:
+        library = Reference(self._escaped_definition).library
+        library.encode_special_tokens = True
+        return library
 
     def _splits_alike(self, controls: list[str]) -> bool:
         """Whether text between control tokens has the same ids alone as in its place (SentencePiece models may add a space)."""

@@ -134,3 +134,19 @@ def test_reading_leaves_needs_numpy_and_pyarrow_and_nothing_heavier() -> None:
     heavy = ("torch", "transformers", "polars", "pandera", "dagster", "pyarrow")
     code = f"import sys, repro_assets.data.leaves; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_storing_and_loading_a_leaf_does_not_import_pandas() -> None:
+    """It is installed beside pyarrow in most environments, and its import was a second of every worker and every rank."""
+    script = (
+        "import sys, numpy as np\n"
+        "from repro_assets.data import leaves\n"
+        "leaf = leaves.make([bytes(32)] * 2, ['a', None], [{}, {'x': 'y'}], [np.arange(3), np.arange(2)],"
+        " [np.array([[1, 2]], 'u4'), np.zeros((0, 2), 'u4')], [0, 1], 2)\n"
+        "stored = leaves.store_form(leaf)\n"
+        "assert leaves.load(stored, leaves.identity(leaf)).keys == ('a', None)\n"
+        "assert leaves.record_column(stored) == bytes(64)\n"
+        "assert 'pyarrow' in sys.modules and 'pandas' not in sys.modules\n"
+    )
+    pytest.importorskip("pandas", reason="pandas is not installed, so nothing can import it")
+    subprocess.run([sys.executable, "-c", script], check=True)
