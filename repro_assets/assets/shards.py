@@ -33,6 +33,6 @@ def shards(context: dg.AssetExecutionContext, stages: Stages) -> dg.MaterializeR
         stage.blobs,
         previous=stage.relative(),
         progress=stage.progress,
-        workers=workers.chosen(sum(leaf.blob.size for leaf in cleaned.leaves)),
+        workers=workers.chosen(sum(leaf.blob.size for leaf in cleaned.leaves), sharding.WORTHWHILE[stage.recipe.sharding.engine]),
     )
     return stage.commit(built)

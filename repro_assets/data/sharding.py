@@ -20,11 +20,14 @@ from repro_assets.data.errors import DataError, LeafError, WorkerLost
 from repro_assets.data.leaves import Leaf
 from repro_assets.data.lines import Record
 from repro_assets.data.tokenizing import Codec, Tokens, load
+from repro_assets.data.workers import WORTHWHILE as READING_WORTHWHILE
 from repro_assets.data.workers import Serial, Workers
 from repro_assets.documents import BaseModel, Engine, RecordLeaf, Records, Shards, ShardsObserved, TokenLeaf
 from repro_assets.recipe import ShardingSection
 from repro_assets.trust.blob import Blob, BlobMissing, BlobStore
 
+#: bytes of record leaves from which starting processes pays, by engine: the reference takes ten times as long for them
+WORTHWHILE = {"tokenizers": 3 << 20, "fastokens": READING_WORTHWHILE}
 #: leaves of the previous snapshot that a worker holds unpacked to take unchanged records from (about 300 kB each)
 HELD_LEAVES = 32
 

@@ -19,8 +19,8 @@ from repro_assets.data.engines import Reference
 #: words kept, and as many of those met before them; about 150 bytes each
 WORDS = 200_000
 #: records after which trying a tokenizer pays: it costs about as much as tokenising them
-WORTHWHILE = 500
-SEAM_STRINGS = 600
+WORTHWHILE = 2000
+SEAM_STRINGS = 400
 # Stand-ins in a text that is cut: for what stands before a word when that is no space, and for an empty line.
 _BARE, _EMPTY_LINE = "\x00", "\x01"
 _SINGLE_SPACES = re.compile(r"(?<=\S) (?=\S)")
@@ -41,12 +41,15 @@ class _Words(dict[str, bytes]):
         self._before: dict[str, bytes] = {}
 
     def __missing__(self, word: str) -> bytes:
+        return self.keep(word, self._before.get(word) or self._made(word))
+
+    def keep(self, word: str, ids: bytes) -> bytes:
         if len(self) >= WORDS:
             # What is still met comes back from the older half, one by one.
             self._before = dict(self)
             self.clear()
-        found = self[word] = self._before.get(word) or self._made(word)
-        return found
+        self[word] = ids
+        return ids
 
     def _made(self, word: str) -> bytes:
         bare = word.startswith(_BARE)
@@ -95,12 +98,15 @@ class WordCache:
             return b"".join(map(self._words.__getitem__, words))
         except _Torn:
             first, *rest = _SINGLE_SPACES.split(text)
-            return self.composed(first) + b"".join([self.composed(" " + word) for word in rest])
+            known, keep = self._words.get, self._words.keep
+            return self.composed(first) + b"".join([known(word) or keep(word, self.composed(" " + word)) for word in rest])
 
     def composed(self, text: str) -> bytes:
         """The ids of a word with what stands before it, from smaller pieces where it has such."""
-        pieces = [text] if self._controls is None else self._controls.split(text)
         found = self._pieces.get
+        if text[1:].isalpha():
+            return found(text) or self._asked(text)
+        pieces = [text] if self._controls is None else self._controls.split(text)
         return b"".join([found(part) or self._asked(part) for piece in pieces for part in _CUTS.split(piece)])
 
     def _asked(self, piece: str) -> bytes:

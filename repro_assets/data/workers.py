@@ -186,12 +186,12 @@ def _of_ray(ray: Any, reference: Any) -> Any:
         raise WorkerLost(f"the Ray cluster lost a unit {DEATHS} times: {error}; look at its workers' logs") from error
 
 
-def chosen(size: int) -> Workers:
-    """Where to map over `size` bytes of input: REPRO_RAY_ADDRESS, else REPRO_DATA_WORKERS processes, else one a core for large inputs."""
+def chosen(size: int, worthwhile: int = WORTHWHILE) -> Workers:
+    """Where to map over `size` bytes of input: REPRO_RAY_ADDRESS, else REPRO_DATA_WORKERS processes, else one a core from `worthwhile` bytes."""
     wanted = os.environ.get("REPRO_DATA_WORKERS", "")
     if wanted and not (wanted.isdecimal() and int(wanted) > 0):
         raise WorkerLost(f"REPRO_DATA_WORKERS is {wanted!r}: a number of processes, at least 1, or nothing")
     if address := os.environ.get("REPRO_RAY_ADDRESS"):
         return Ray(address, int(wanted or 0))
     count = int(wanted) if wanted else (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    return Spawn(count) if count > 1 and (wanted or size >= WORTHWHILE) else Serial()
+    return Spawn(count) if count > 1 and (wanted or size >= worthwhile) else Serial()

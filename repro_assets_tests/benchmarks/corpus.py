@@ -1,4 +1,4 @@
-"""A chat corpus of any size and a 32k tokenizer for it, made of SHA-3 output: the same bytes on every machine. For benchmarks only."""
+"""Chat corpora for benchmarks: one of any size, made of SHA-3 output, the same bytes on every machine; and gsm8k. With a tokenizer each."""
 
 import hashlib
 import json
@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from repro_assets_tests.data.material import CHATML, SPECIAL, tokenizer_files
+from repro_assets_tests.data.material import CHATML, GSM8K, SPECIAL, tokenizer_files
 
 WORDS = 60_000
 VOCABULARY = 32_000
 ROW_BYTES = 2720  # on average, which the reference's measurements had
 FILES = 8
+WHOLE = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 SYLLABLES = [
     "ba",
     "be",
@@ -121,6 +122,21 @@ def write(folder: Path, megabytes: int) -> list[Path]:
             for row in range(rows * number // FILES, rows * (number + 1) // FILES):
                 file.write(made.line(row))
         partial.rename(path)
+    return paths
+
+
+def gsm8k(folder: Path) -> list[Path]:
+    """gsm8k's training set as chat files: the whole where it lies beside the checkout, else the 400 rows that ship with the tests."""
+    source = WHOLE if WHOLE.is_file() else GSM8K
+    rows = [json.loads(line) for line in source.read_bytes().splitlines()]
+    paths = [folder / f"gsm8k-{len(rows)}" / f"part-{number}.jsonl" for number in range(FILES)]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    for number, path in enumerate(paths):
+        with path.open("wb") as file:
+            for at in range(len(rows) * number // FILES, len(rows) * (number + 1) // FILES):
+                turns = zip(("user", "assistant"), (rows[at]["question"], rows[at]["answer"]), strict=True)
+                row = {"id": f"g{at}", "messages": [{"role": role, "content": text} for role, text in turns], "topic": f"t{at % 12}"}
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     return paths
 
 

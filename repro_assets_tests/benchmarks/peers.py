@@ -1,7 +1,7 @@
 """JSONL to token shards on disk: ours beside datasets, datatrove, litData and MosaicML streaming. Same corpus, tokenizer and 2 workers.
 
-Run by hand on a quiet machine: `python -m repro_assets_tests.benchmarks.peers [--megabytes 30|300] [--rounds 3] [--only TOOL ...]`. Each
-peer has a throw-away environment made by uv. Prints a Markdown table; exits 1 below the ratios that the project promises.
+Run by hand on a quiet machine: `python -m repro_assets_tests.benchmarks.peers [--megabytes 30|300] [--corpus generated|gsm8k]
+[--rounds 3] [--only TOOL ...]`. Each peer has a throw-away environment made by uv. Prints a Markdown table; exits 1 below the ratios that the project promises.
 """
 
 import argparse
@@ -75,13 +75,14 @@ def run(tool: str, python: Path, paths: list[Path], tokenizer: Path, workers: in
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--megabytes", type=int, default=30)
+    parser.add_argument("--corpus", choices=["generated", "gsm8k"], default="generated")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="*", choices=list(peer_tasks.TOOLS), default=list(peer_tasks.TOOLS))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "repro-benchmarks")
     chosen = parser.parse_args()
-    paths = corpus.write(chosen.folder, chosen.megabytes)
-    tokenizer = chosen.folder / f"tokenizer-{chosen.megabytes}" / "tokenizer.json"
+    paths = corpus.write(chosen.folder, chosen.megabytes) if chosen.corpus == "generated" else corpus.gsm8k(chosen.folder)
+    tokenizer = chosen.folder / f"tokenizer-of-{paths[0].parent.name}" / "tokenizer.json"
     tokenizer.parent.mkdir(exist_ok=True)
     tokenizer.write_bytes(corpus.tokenizer(chosen.folder, paths[0])["tokenizer.json"])
     pythons = {tool: environment(chosen.folder, PACKAGES[tool]) if tool in PACKAGES else Path(sys.executable) for tool in chosen.only}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from repro_assets.data import manifest, records, sharding
-from repro_assets.data.workers import Serial, Spawn, Workers
+from repro_assets.data.workers import WORTHWHILE, Serial, Spawn
 from repro_assets.documents import BaseModel, RawFile
 from repro_assets.recipe import RecordsSection, ShardingSection, Source
 from repro_assets.trust.blob import FolderStore
@@ -54,12 +54,14 @@ def shards_of(corpus: Path, tokenizer: Path, out: Path, workers: int, engine: st
         RawFile(path.name, hashed(path), path.stat().st_size, manifest.format_of(path.name)) for path in sorted(corpus.glob("*.jsonl"))
     ]
     snapshot = manifest.build(listed, store)
-    place: Workers = Spawn(workers) if workers > 1 else Serial()
+    # As the assets choose: small inputs are not worth a process.
+    size = sum(file.size for file in listed)
+    places = [Spawn(workers) if workers > 1 and size >= least else Serial() for least in (WORTHWHILE, sharding.WORTHWHILE[engine])]
     section = RecordsSection(sources=(CHAT,))
-    made, _observed = records.build(snapshot, Files(corpus), b"", section, store, workers=place)
+    made, _observed = records.build(snapshot, Files(corpus), b"", section, store, workers=places[0])
     model = base_model(store, files)
     sharding_section = ShardingSection(max_tokens=1 << 16, engine=engine)  # type: ignore[arg-type]
-    shards, _observed_shards = sharding.build(made, model, sharding_section, store, workers=place)
+    shards, _observed_shards = sharding.build(made, model, sharding_section, store, workers=places[1])
     if shards.engine.name != engine:
         raise SystemExit(str(shards.engine.gate))
     return sum(shards.tokens.values())
