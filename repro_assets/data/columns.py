@@ -167,10 +167,8 @@ class Rows:
             if found := part.flagged.get(at):
                 self.flagged[len(self)] = found
             self.held.append(0)
-            for name, values in self.digests.items():
-                width = known.widths[name]
-                if width:
-                    values.append(getattr(part, name)[width * at : width * at + width])
+            for name, width in known.widths:
+                self.digests[name].append(getattr(part, name)[width * at : width * at + width])
             _line, _offset, _length, size, label, by, side, steps = packed[at]
             if steps:
                 self.cleaned.update(step for bit, step in enumerate(STEPS) if steps >> bit & 1)
@@ -206,7 +204,7 @@ class Earlier:
         self.digest = NO_DIGEST
         self.parts: list[tuple[Columns, list[Any]]] = []
         self._rows: dict[bytes, tuple[int, int, int]] = {}
-        self.widths: dict[str, int] = {}
+        self.widths: list[tuple[str, int]] = []
         for number, data in enumerate(store.get_many(part.columns.sha256 for part in file.parts) if file else ()):
             part = columns(data)
             count = len(part.side)
@@ -215,7 +213,8 @@ class Earlier:
                 rows[name] = column(part, name)
             self.parts.append((part, rows.tolist()))
             if count:
-                self.widths = {name: len(getattr(part, name)) // count for name in ("record", "lines", "key", "raw", "signature")}
+                sizes = [(name, len(getattr(part, name)) // count) for name in ("record", "lines", "key", "raw", "signature")]
+                self.widths = [(name, size) for name, size in sizes if size]
             starts = [*np.flatnonzero(rows["by"] == ORIGINAL).tolist(), count]
             for first, end in itertools.pairwise(starts):
                 self._rows.setdefault(part.raw[16 * first : 16 * first + 16], (number, first, end))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repro_assets.data import lines
-from repro_assets.data.lines import Record
+from repro_assets.data.lines import Head
 from repro_assets.data.places import index
 from repro_assets.documents import RawSnapshot, RecordLeaf, Records, Since
 from repro_assets.trust.blob import BlobStore
@@ -135,12 +135,17 @@ class _Seen(msgspec.Struct, frozen=True):
     labels: tuple[str, ...]
 
 
-def _seen(leaves: Sequence[RecordLeaf], store: BlobStore) -> list[_Seen]:
+def _seen(leaves: Sequence[RecordLeaf], store: BlobStore) -> Iterator[tuple[str, bytes]]:
+    """Split and line without messages of every record."""
     stored = store.get_many(leaf.blob.sha256 for leaf in leaves)
-    return [_seen_of(record, leaf.split) for leaf, data in zip(leaves, stored, strict=True) for record in lines.decode(data)]
+    return ((leaf.split, line) for leaf, data in zip(leaves, stored, strict=True) for line in lines.without_messages(data))
 
 
-def _seen_of(record: Record, split: str) -> _Seen:
+def _read(surplus: Counter[tuple[str, bytes]]) -> Counter[_Seen]:
+    return Counter(_seen_of(lines.head(line), split) for split, line in surplus.elements())
+
+
+def _seen_of(record: Head, split: str) -> _Seen:
     slices = (part for item in sorted(record.slices.items()) for part in item)
     return _Seen(record.id, record.key, (split, record.key or "", *slices))
 
@@ -148,9 +153,9 @@ def _seen_of(record: Record, split: str) -> _Seen:
 class _Records:
     """Records of the leaves that went and came, taken out of the two lists pair by pair."""
 
-    def __init__(self, old: Iterable[_Seen], new: Iterable[_Seen]) -> None:
+    def __init__(self, old: Iterable[tuple[str, bytes]], new: Iterable[tuple[str, bytes]]) -> None:
         counted = Counter(old), Counter(new)
-        removed, added = counted[0] - counted[1], counted[1] - counted[0]
+        removed, added = _read(counted[0] - counted[1]), _read(counted[1] - counted[0])
         self.edits: list[Edit] = []
         self.relabelled: list[str] = []
         by_id: dict[str, deque[_Seen]] = defaultdict(deque)

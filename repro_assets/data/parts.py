@@ -6,6 +6,7 @@ What needs more than one file is `records.py`; reading rows is `readers.py`; the
 
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -95,14 +96,20 @@ def threshold(share: float) -> int:
 
 
 class _Verified:
-    """A stream that is hashed while it is read; it cannot seek, so that every byte passes once and in order."""
+    """A stream that is hashed while it is read; it cannot seek, so that every byte passes once and in order.
+
+    A thread hashes each block while the reader looks at it, and is waited for before the next."""
 
     def __init__(self, stream: BinaryIO, file: RawFile) -> None:
         self.stream, self.file, self.hash = stream, file, hashlib.sha256()
+        self.thread = ThreadPoolExecutor(1)
+        self.hashing: Future[None] | None = None
 
     def read(self, count: int = -1) -> bytes:
         block = self.stream.read(count)
-        self.hash.update(block)
+        if self.hashing is not None:
+            self.hashing.result()
+        self.hashing = self.thread.submit(self.hash.update, block) if block else None
         return block
 
     def seekable(self) -> bool:
@@ -115,6 +122,7 @@ class _Verified:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        self.thread.shutdown()
         self.stream.close()
 
     def finish(self) -> None:

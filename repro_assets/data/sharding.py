@@ -18,7 +18,7 @@ from repro_assets.data import Progress, leaves, lines
 from repro_assets.data.engines import EngineMismatch
 from repro_assets.data.errors import DataError, LeafError, WorkerLost
 from repro_assets.data.leaves import Leaf
-from repro_assets.data.lines import Record
+from repro_assets.data.lines import Head, Record
 from repro_assets.data.tokenizing import Codec, Tokens, load
 from repro_assets.data.workers import WORTHWHILE as READING_WORTHWHILE
 from repro_assets.data.workers import Serial, Workers
@@ -196,12 +196,6 @@ def edges(lengths: NDArray[np.int64]) -> list[int]:
     return [1 << (length.bit_length() - 1) if length else 0 for length in lengths.tolist()]
 
 
-class _Name(msgspec.Struct, frozen=True):
-    """The identity in a record's line; the rest is not decoded."""
-
-    id: str
-
-
 class _Known:
     """What the previous shards can give: whole leaves by their record leaf, and the leaves that are gone for single records."""
 
@@ -232,9 +226,8 @@ class _Known:
         if not places:
             yield from (_Unit(leaf, ()) for leaf in wanted)
             return
-        name = msgspec.json.Decoder(_Name)
         for leaf, data in zip(wanted, self.store.get_many(leaf.blob.sha256 for leaf in wanted), strict=True):
-            found = {places.get(bytes.fromhex(name.decode(line).id)) for line in data.split(b"\n") if line}
+            found = {places.get(bytes.fromhex(lines.head(line).id)) for line in lines.without_messages(data)}
             yield _Unit(leaf, tuple((gone[at][0].sha256, gone[at][1]) for at in sorted(at for at in found if at is not None)))
 
 
@@ -265,9 +258,7 @@ class Tokenise:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __call__(self, unit: _Unit) -> _Made:
-        records = list(lines.decode(self.store.get_bytes(unit.source.blob.sha256)))
-        held = self._before(unit, {record.id for record in records})
-        fresh = [record for record in records if record.id not in held]
+        records, held, fresh = self._taken(unit)
         made = iter(self.codec.tokens(fresh, self.section.max_tokens, self.section.train_on))
         tokens = [held[record.id][0] if record.id in held else next(made) for record in records]
         tokens_new = sum(len(now.ids) for record, now in zip(records, tokens, strict=True) if record.id not in held)
@@ -280,7 +271,18 @@ class Tokenise:
         blob = self.store.put_bytes(leaves.store_form(leaf))
         return _Made(_entry(unit.source, leaf, untrained), blob, untrained, len(fresh), tokens_new, self._engine)
 
-    def _leaf(self, kept: list[tuple[Record, Tokens]], digests: list[bytes | None]) -> Leaf:
+    def _taken(self, unit: _Unit) -> tuple[Sequence[Head | Record], dict[str, tuple[Tokens, bytes]], list[Record]]:
+        """The records of the unit, what they had before by id, and those that had nothing. Of the others the messages are not decoded."""
+        data = self.store.get_bytes(unit.source.blob.sha256)
+        if not unit.before:
+            records = list(lines.decode(data))
+            return records, {}, records
+        heads = [lines.head(line) for line in lines.without_messages(data)]
+        held = self._before(unit, {head.id for head in heads})
+        rows = zip(heads, data.split(b"\n")[:-1], strict=True)
+        return heads, held, [record for head, row in rows if head.id not in held for record in lines.decode(row)]
+
+    def _leaf(self, kept: list[tuple[Head | Record, Tokens]], digests: list[bytes | None]) -> Leaf:
         return leaves.make(
             [bytes.fromhex(record.id) for record, _now in kept],
             [record.key for record, _now in kept],
@@ -301,15 +303,18 @@ class Tokenise:
                     self._held.pop(next(iter(self._held)))
                 self._held[identity] = leaves.load(self.store.get_bytes(blob.sha256), identity)
             leaf = self._held[identity]
-            for name, token, ids, spans, cut in zip(leaf.records, leaf.token, leaf.ids, leaf.spans, leaf.cut.tolist(), strict=True):
+            digests = leaves.token_digests(leaf)
+            said = leaf.token.tobytes()
+            for at, row in enumerate(zip(leaf.records, digests, leaf.ids, leaf.spans, leaf.cut.tolist(), strict=True)):
+                name, token, ids, spans, cut = row
                 if name not in names:
                     continue
-                if leaves.token_digest(ids, spans) != bytes(token):
+                if token != said[32 * at : 32 * at + 32]:
                     raise LeafError(
                         f"record {name}: its token digest in the previous shards does not fit its ids; "
                         "materialize shards with the run tag repro/no-memo"
                     )
-                found[name] = (Tokens(ids=ids, spans=spans, cut=cut), bytes(token))
+                found[name] = (Tokens(ids=ids, spans=spans, cut=cut), token)
         return found
 
 

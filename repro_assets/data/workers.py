@@ -92,15 +92,15 @@ class Spawn:
         pool, flying = self._pool(task), deque[Future[Any]]()
         try:
             while True:
-                for unit in itertools.islice(waiting, self.count * AHEAD - len(held)):
-                    held.append(unit)
-                    flying.append(pool.submit(_run, unit))
+                held.extend(itertools.islice(waiting, self.count * AHEAD - len(held)))
                 if not held:
                     return
-                if starting:
-                    starting = False
-                    yield cast(Result, None)
                 try:
+                    # A pool that broke refuses new units too.
+                    flying.extend([pool.submit(_run, unit) for unit in itertools.islice(held, len(flying), None)])
+                    if starting:
+                        starting = False
+                        yield cast(Result, None)
                     result = flying[0].result()
                 except BrokenProcessPool:
                     deaths += 1
@@ -111,7 +111,7 @@ class Spawn:
                         ) from None
                     pool.shutdown(wait=True)
                     pool = self._pool(task)
-                    flying = deque(pool.submit(_run, unit) for unit in held)
+                    flying.clear()
                     continue
                 deaths = 0
                 held.popleft()

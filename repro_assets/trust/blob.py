@@ -6,14 +6,20 @@ The store on S3 is `resources/blobs.py`; which blob means what is said by the do
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TypeVar
 
 import msgspec
 
 from repro_assets.trust.canonical import sha256
 
+#: threads of a folder's batch calls: hashing and files give way to other threads, so that the reader works meanwhile
+THREADS, AHEAD = 2, 2
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -98,7 +104,7 @@ class FolderStore:
         return self.put_bytes(Path(path).read_bytes())
 
     def put_many(self, items: Iterable[bytes | Path]) -> list[Blob]:
-        return [self.put_bytes(item) if isinstance(item, bytes) else self.put_file(item) for item in items]
+        return list(ordered(lambda item: self.put_bytes(item) if isinstance(item, bytes) else self.put_file(item), items, THREADS, AHEAD))
 
     def get_bytes(self, digest: str) -> bytes:
         try:
@@ -118,7 +124,7 @@ class FolderStore:
         os.replace(scratch, path)
 
     def get_many(self, digests: Iterable[str]) -> Iterator[bytes]:
-        return (self.get_bytes(digest) for digest in digests)
+        return ordered(self.get_bytes, digests, THREADS, AHEAD)
 
     def open(self, digest: str) -> BinaryIO:
         import io
@@ -127,6 +133,21 @@ class FolderStore:
 
     def missing(self, digests: Iterable[str]) -> set[str]:
         return {digest for digest in digests if not self._path(digest).exists()}
+
+
+def ordered(function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:
+    """`map` in threads: results in the order of `items`, at most `threads * ahead` of them in memory; an error leaves nothing running."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ordered")
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= threads * ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def named(files: Mapping[str, Blob]) -> dict[str, Blob]:

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from repro_assets.trust.blob import Blob, BlobDamaged, BlobMissing, BlobStore
+from repro_assets.trust.blob import Blob, BlobDamaged, BlobMissing, BlobStore, ordered
 from repro_assets.trust.canonical import sha256
 from repro_assets_tests.resources import proxy as faults
 from repro_assets_tests.resources.proxy import Proxy
-from resources.blobs import Blobs, Cache, Objects, make_client, ordered, store
+from resources.blobs import Blobs, Cache, Objects, make_client, store
 from resources.errors import Denied, DiskFull, NotFound, Unavailable
 from resources.lake import Lake
 from resources.settings import Connections
@@ -163,7 +163,7 @@ def test_racing_writers_of_one_blob_all_succeed_and_one_object_stays(blobs: Blob
             blobs._put_whole(blob, data)
         return blob
 
-    assert set(ordered(write, range(6), threads=6)) == {Blob(sha256(data), size)}
+    assert set(ordered(write, range(6), threads=6, ahead=2)) == {Blob(sha256(data), size)}
     assert blobs.get_bytes(sha256(data)) == data
 
 
@@ -438,7 +438,7 @@ def test_objects_are_plain_keys_with_one_winner(connections: Connections) -> Non
     assert objects.put("jobs/k/a b ü.json", b"1")
     assert objects.put("jobs/k/a b ü.json", b"2")
     assert objects.get("jobs/k/a b ü.json") == b"2"
-    assert list(ordered(lambda number: objects.put("memo/x", b"%d" % number, if_absent=True), range(12))).count(True) == 1
+    assert list(ordered(lambda number: objects.put("memo/x", b"%d" % number, if_absent=True), range(12), 16, 2)).count(True) == 1
     winner = objects.get("memo/x")
     assert not objects.put("memo/x", b"later", if_absent=True)
     assert objects.get("memo/x") == winner

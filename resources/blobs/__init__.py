@@ -3,6 +3,6 @@
 from resources.blobs.cache import Cache
 from resources.blobs.objects import Objects
 from resources.blobs.s3 import make_client
-from resources.blobs.store import Blobs, address, ordered
+from resources.blobs.store import Blobs, address
 
-__all__ = ["Blobs", "Cache", "Objects", "address", "make_client", "ordered"]
+__all__ = ["Blobs", "Cache", "Objects", "address", "make_client"]

@@ -12,15 +12,13 @@ import os
 import secrets
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, cast
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from repro_assets.trust.blob import HEX, Blob, BlobDamaged, BlobMissing
+from repro_assets.trust.blob import HEX, Blob, BlobDamaged, BlobMissing, ordered
 from repro_assets.trust.canonical import sha256
 from resources.blobs.cache import Cache, Part
 from resources.blobs.s3 import BROKEN_BODY, CHUNK, RESUMES, Body, make_client, status_of, store_once, typed_errors, unavailable
@@ -36,9 +34,6 @@ PART_SIZE: Final = 16 << 20
 PART_THREADS: Final = 4
 MOST_PARTS: Final = 10_000  # S3's own limit
 LOOK_FIRST: Final = 1 << 20  # from this size on asking whether the blob is there costs less than sending it
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def key_of(digest: str) -> str:
@@ -108,7 +103,7 @@ class Blobs:
 
     def put_many(self, items: Iterable[bytes | Path]) -> list[Blob]:
         """Concurrent put; the result is in the order of `items`, which may be a generator larger than memory."""
-        return list(ordered(lambda item: self.put_bytes(item) if isinstance(item, bytes) else self.put_file(item), items))
+        return list(ordered(lambda item: self.put_bytes(item) if isinstance(item, bytes) else self.put_file(item), items, THREADS, AHEAD))
 
     def _there(self, blob: Blob) -> bool:
         return blob.size >= LOOK_FIRST and self.exists(blob.sha256)
@@ -159,7 +154,7 @@ class Blobs:
             answer = self._client.upload_part(**upload, PartNumber=number, Body=data, ChecksumSHA256=checksum)
             return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": checksum}
 
-        parts = list(ordered(send, read(), threads=PART_THREADS, ahead=1))
+        parts = list(ordered(send, read(), PART_THREADS, ahead=1))
         if whole.hexdigest() != blob.sha256:
             raise OSError(f"{name} changed while it was stored (SHA-256 {blob.sha256} before, {whole.hexdigest()} now): put it again")
         return parts
@@ -201,7 +196,7 @@ class Blobs:
 
     def get_many(self, digests: Iterable[str]) -> Iterator[bytes]:
         """Concurrent get with a bounded look-ahead; yields in the order of `digests`."""
-        return ordered(self.get_bytes, digests)
+        return ordered(self.get_bytes, digests, THREADS, AHEAD)
 
     def open(self, digest: str) -> BinaryIO:
         """A stream that raises BlobDamaged at its end when the bytes were not those of `digest`; trust nothing before that."""
@@ -232,7 +227,7 @@ class Blobs:
     def missing(self, digests: Iterable[str]) -> set[str]:
         """Those of `digests` that the server does not hold."""
         wanted = sorted(set(digests))
-        return {digest for digest, there in zip(wanted, ordered(self.exists, wanted), strict=True) if not there}
+        return {digest for digest, there in zip(wanted, ordered(self.exists, wanted, THREADS, AHEAD), strict=True) if not there}
 
     # ---- the server's side
 
@@ -316,18 +311,3 @@ class Verified(io.RawIOBase):
             if self._part is not None:
                 self._part.discard()
         super().close()
-
-
-def ordered(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int = THREADS, ahead: int = AHEAD) -> Iterator[Result]:
-    """`map` in threads: results in the order of `items`, at most `threads * ahead` of them in memory; an error leaves nothing running."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="blobs")
-    waiting: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= threads * ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
