@@ -4,10 +4,10 @@ What a record's text is and which of its tokens are trained is not known here; t
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
@@ -110,7 +110,7 @@ class Reference:
     def __init__(self, definition: Mapping[str, Any]) -> None:
         """Raises TokenizerError when the library cannot load the definition (the value of tokenizer.json)."""
         try:
-            self.library = tokenizers.Tokenizer.from_str(json.dumps(definition, ensure_ascii=False))
+            self.library = tokenizers.Tokenizer.from_buffer(msgspec.json.encode(definition))
         except Exception as error:  # the library raises bare Exception for every fault of the file
             raise TokenizerError(f"tokenizer.json cannot be loaded by tokenizers {self.version}: {error}") from error
 
@@ -139,7 +139,7 @@ class Fastokens:
 
         self.version = version("fastokens")
         try:
-            self._library = fastokens.Tokenizer.from_json_str(json.dumps(definition, ensure_ascii=False))
+            self._library = fastokens.Tokenizer.from_json_str(msgspec.json.encode(definition).decode())
         except ValueError as error:
             raise TokenizerError(f"fastokens {self.version} cannot load tokenizer.json: {error}") from error
 

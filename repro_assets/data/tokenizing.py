@@ -244,8 +244,11 @@ class _Bytes:
         level = any(step.get("type") == "ByteLevel" for step in steps)
         inverse = _byte_characters() if level else {}
         table: list[bytes | None] = [None] * (highest + 1)
+        plain = {ord(character): value for character, value in inverse.items()}
+        # What is no character for a byte must not pass for the byte of its own number.
+        plain |= {value: 0xFFFF for value in range(256) if chr(value) not in inverse} if inverse else {}
         for token, number in vocabulary.items():
-            table[number] = _token_bytes(token, inverse)
+            table[number] = _token_bytes(token, plain)
         for added in definition.get("added_tokens") or []:
             table[added["id"]] = added["content"].encode()
         self._table = [value or b"\xff" for value in table]
@@ -354,9 +357,13 @@ def _byte_characters() -> dict[str, int]:
     return {**{chr(value): value for value in printable}, **{chr(0x100 + n): value for n, value in enumerate(others)}}
 
 
-def _token_bytes(token: str, inverse: Mapping[str, int]) -> bytes | None:
-    if inverse:
-        return bytes([inverse[character] for character in token]) if all(character in inverse for character in token) else None
+def _token_bytes(token: str, plain: Mapping[int, int]) -> bytes | None:
+    """`plain`: code point to byte where tokens are written in characters for bytes, else nothing."""
+    if plain:
+        try:
+            return token.translate(plain).encode("latin-1")
+        except UnicodeEncodeError:
+            return None
     if single := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
         return bytes([int(single.group(1), 16)])
     return token.replace("\u2581", " ").encode()
