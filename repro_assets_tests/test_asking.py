@@ -229,7 +229,7 @@ def shouting(monkeypatch: pytest.MonkeyPatch) -> None:
         return cleaned, steps
 
     monkeypatch.setattr(parts, "clean", other)
-    monkeypatch.setattr(parts, "untouched", lambda said, section: False)
+    monkeypatch.setattr(parts, "untouched", lambda *_how: False)
 
 
 def test_a_transform_that_is_not_deterministic_is_named_with_record_and_stage(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

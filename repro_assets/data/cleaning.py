@@ -27,6 +27,7 @@ _ASCII_CONTROLS = bytes({*range(32), 127} - {9, 10, 13})
 
 _BLANK = " \t\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000"
 _RUN = re.compile(f"[{_BLANK}]{{2,}}")
+_BLANKS = re.compile(f"[{_BLANK}]")
 
 
 def clean(messages: tuple[Message, ...], section: RecordsSection) -> tuple[tuple[Message, ...], tuple[str, ...]]:
@@ -40,11 +41,14 @@ def clean(messages: tuple[Message, ...], section: RecordsSection) -> tuple[tuple
     return (cleaned, tuple(step for step in STEPS if step in done)) if done else (messages, ())
 
 
-def untouched(said: bytes, section: RecordsSection) -> bool:
-    """Whether `clean` would leave the messages of this canonical JSON as they are; False where that is not plain at a glance.
+def untouched(said: bytes, messages: tuple[Message, ...], section: RecordsSection) -> bool:
+    """Whether `clean` would leave the messages, of which `said` is the canonical JSON, as they are; False where that is not plain at a glance.
 
     One pass over the bytes takes out ASCII, and of what is left each character is looked at once in a process."""
-    if section.whitespace != "keep":
+    mode = section.whitespace
+    if mode != "keep" and any(len(message.content.strip()) < len(message.content) for message in messages):
+        return False
+    if mode == "collapse" and any("  " in message.content or "\t" in message.content for message in messages):
         return False
     rest = said.translate(None, _ASCII)
     if not rest:
@@ -52,19 +56,23 @@ def untouched(said: bytes, section: RecordsSection) -> bool:
     if b"\\" in rest and _ESCAPED.search(said):
         return False
     text = rest.decode("utf-8")
-    return _HARMLESS.issuperset(text) or _all_harmless(text)
+    harmless = _HARMLESS if mode != "collapse" else _HARMLESS_IN_LINES
+    return harmless.issuperset(text) or _all_harmless(text, harmless)
 
 
 _ASCII = bytes({*range(127)} - {ord("\\")})
 _ESCAPED = re.compile(rb"\\[^nrt\"\\]")  # of the characters that JSON escapes, all but these are controls
 _HARMLESS = {"\\"}  # characters seen so far in this process that no step touches, wherever they stand
+_HARMLESS_IN_LINES = {"\\"}  # the same when runs of blanks are collapsed
 
 
-def _all_harmless(text: str) -> bool:
-    for character in set(text) - _HARMLESS:
+def _all_harmless(text: str, harmless: set[str]) -> bool:
+    for character in set(text) - harmless:
         if _ALL.search(character) or not unicodedata.is_normalized("NFC", character) or composes(character):
             return False
-        _HARMLESS.add(character)
+        if harmless is _HARMLESS_IN_LINES and _BLANKS.search(character):
+            return False
+        harmless.add(character)
     return True
 
 

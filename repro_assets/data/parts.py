@@ -61,7 +61,7 @@ class Intake:
     def examined(self, row: readers.Row) -> tuple[Record, bytes, tuple[str, ...], dict[str, int]]:
         """(record, its leaf line, cleaning steps that changed it, secrets and personal data by kind). Raises readers.Unfit."""
         said, counts = said_by(row.messages), dict[str, int]()
-        messages, steps = (row.messages, ()) if untouched(said, self.section) else clean(row.messages, self.section)
+        messages, steps = (row.messages, ()) if untouched(said, row.messages, self.section) else clean(row.messages, self.section)
         if self.finder is not None:
             found = self.finder.find(messages)
             if found.drop:

@@ -123,22 +123,38 @@ def test_strings_in_tool_calls_are_cleaned_and_their_json_stays_canonical() -> N
     st.lists(TEXTS.filter(lambda text: not text.isspace() and bool(text)), min_size=1, max_size=3),
     st.sampled_from(["drop", "keep"]),
     st.sampled_from(["NFC", "none"]),
+    st.sampled_from(["keep", "trim", "collapse"]),
 )
-def test_what_is_untouched_at_a_glance_is_what_cleaning_leaves_alone(texts: list[str], controls: str, normalize: str) -> None:
-    how = section(controls=controls, normalize=normalize)
+def test_what_is_untouched_at_a_glance_is_what_cleaning_leaves_alone(
+    texts: list[str], controls: str, normalize: str, whitespace: str
+) -> None:
+    how = section(controls=controls, normalize=normalize, whitespace=whitespace)
     messages = tuple(Message(text, "user") for text in texts)
-    if untouched(said_by(messages), how):
+    if untouched(said_by(messages), messages, how):
         assert clean(messages, how) == (messages, ())
 
 
 @pytest.mark.parametrize("text", ["plain", "Grüße, naïve", "你好 здравствуй", "emoji 🙂 and 👩‍💻", "a\nb\tc", 'quoted "x" and C:\\new'])
 def test_ordinary_text_is_untouched_at_a_glance(text: str) -> None:
-    assert untouched(said_by((Message(text, "user"),)), section())
+    messages = (Message(text, "user"),)
+    assert untouched(said_by(messages), messages, section())
+    assert untouched(said_by(messages), messages, section(whitespace="trim"))
+    assert untouched(said_by(messages), messages, section(whitespace="collapse")) == ("\t" not in text)
 
 
 @pytest.mark.parametrize("text", ["e\u0301", "\u1100\u1161", "\u0915\u093c", "a\x00b", "a\x7fb", "\u202eabc", "\x85", "\ufeffx", "\u2126"])
 def test_text_that_a_step_would_change_is_not(text: str) -> None:
-    assert not untouched(said_by((Message(text, "user"),)), section())
+    messages = (Message(text, "user"),)
+    assert not untouched(said_by(messages), messages, section())
+
+
+@pytest.mark.parametrize(
+    ("text", "mode"), [(" a", "trim"), ("a\n", "trim"), ("a  b", "collapse"), ("a\u3000 b", "collapse"), ("a\u00a0", "trim")]
+)
+def test_white_space_that_a_step_would_change_is_seen_at_a_glance(text: str, mode: str) -> None:
+    messages = (Message(text, "user"),)
+    assert untouched(said_by(messages), messages, section())
+    assert not untouched(said_by(messages), messages, section(whitespace=mode))
 
 
 def test_every_character_that_nfc_may_join_with_one_before_it_is_known_as_such() -> None:
