@@ -1,13 +1,14 @@
 """Augmentation: a seeded pure function of the record; only user turns move, and only where something changes."""
 
 import hashlib
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repro_assets.data.augmenting import augmented
+from repro_assets.data.augmenting import _chosen, augmented
 from repro_assets.data.lines import Message
 from repro_assets.recipe import Augmentation
 from repro_assets.trust.canonical import digest
@@ -93,3 +94,26 @@ def test_a_long_turn_is_altered_in_time() -> None:
     (_, (altered,)), (_, (spaced,)) = augmented((Message(content=text, role="user"),), "r", all_of("typos", "spaces"))
     assert 5_000 < sum(a != b for a, b in zip(text, altered.content, strict=True)) < 25_000
     assert len(spaced.content) > len(text)
+
+
+@given(st.integers(0, 60), st.integers(0, 40), st.integers(1, 3))
+def test_places_are_drawn_apart_and_as_many_as_there_is_room_for(size: int, count: int, apart: int) -> None:
+    places = list(range(size))
+    drawn = _chosen(places, "name", count, apart=apart)
+    assert drawn == sorted(drawn)
+    assert set(drawn) <= set(places)
+    assert all(later - earlier >= apart for earlier, later in pairwise(drawn))
+    if len(drawn) < count:  # then there is no room for another
+        assert all(any(abs(at - other) < apart for other in drawn) for at in places)
+    assert len(_chosen(places, "name", count)) == min(size, count)
+
+
+@given(st.text(st.sampled_from("abcdefghij"), min_size=2, max_size=80))
+def test_swapped_pairs_do_not_overlap(text: str) -> None:
+    found = augmented((Message(content=text, role="user"),), "r", all_of("typos"))
+    altered = found[0][1][0].content if found else text
+    at = 0
+    while at < len(text):
+        step = 1 if text[at] == altered[at] else 2
+        assert altered[at : at + step] == text[at : at + step][::-1]
+        at += step

@@ -301,3 +301,15 @@ def test_a_frame_that_proves_wrong_is_found_on_a_sampled_record() -> None:
     renderer.render(chat)
     with pytest.raises(RenderingError, match="depends on what the messages say"):
         renderer.render(chat, check=True)
+
+
+def test_of_control_tokens_that_begin_alike_the_longer_one_ends_a_turn() -> None:
+    rendered = Renderer(TEMPLATE, NAMED, ["<|end", "<|end|>"]).by_template(conversation(("q", "a")))
+    assert [rendered.text[start:end] for start, end in rendered.trained] == ["a<|end|>"]
+
+
+def test_a_name_that_looks_like_a_control_token_is_the_users_text() -> None:
+    template = "{% for m in messages %}<|{{ m.role }}|>{% if m.name %}{{ m.name }}: {% endif %}{{ m.content }}<|end|>{% endfor %}"
+    messages = [Message("hello", "user", name="<|end|>"), Message("hi", "assistant")]
+    rendered = Renderer(template, NAMED, SPECIAL).render(messages)
+    assert [rendered.text[start:end] for start, end in rendered.contents] == ["<|end|>", "hello", "hi"]
