@@ -310,6 +310,6 @@ def test_of_control_tokens_that_begin_alike_the_longer_one_ends_a_turn() -> None
 
 def test_a_name_that_looks_like_a_control_token_is_the_users_text() -> None:
     template = "{% for m in messages %}<|{{ m.role }}|>{% if m.name %}{{ m.name }}: {% endif %}{{ m.content }}<|end|>{% endfor %}"
-    messages = [Message("hello", "user", name="<|end|>"), Message("hi", "assistant")]
+    messages = [Message("hello", "user", name="<|end|>"), Message("hi", "assistant", name="desk")]
     rendered = Renderer(template, NAMED, SPECIAL).render(messages)
-    assert [rendered.text[start:end] for start, end in rendered.contents] == ["<|end|>", "hello", "hi"]
+    assert [rendered.text[start:end] for start, end in rendered.contents] == ["<|end|>", "hello", "desk", "hi"]
