@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repro_assets.data import diff, lines
+from repro_assets.data.lines import Message
 from repro_assets.documents import Records
 from repro_assets.recipe import RecordsSection, Source, Split
 from repro_assets.trust.blob import FolderStore
@@ -152,3 +153,16 @@ def test_a_frequent_token_does_not_hide_what_is_common() -> None:
         ("added", 1),
         ("same", 200),
     ]
+
+
+LABEL = st.sampled_from(["slices", "messages", "id", 'a","slices":{', "x"]) | st.text(max_size=5)
+
+
+@given(st.lists(st.tuples(st.text(), st.none() | LABEL | st.text()), min_size=1, max_size=4), st.dictionaries(LABEL, LABEL, max_size=3))
+def test_a_line_without_its_messages_has_everything_else(rows: list[tuple[str, str | None]], slices: dict[str, str]) -> None:
+    """Whatever user text, keys and labels look like."""
+    made = [lines.make([Message(f'{text},"slices":{{', "assistant")], key, slices) for text, key in rows]
+    leaf = b"".join(lines.encode(record) for record in made)
+    heads = [lines.head(line) for line in lines.without_messages(leaf)]
+    assert [(head.id, head.key, head.slices) for head in heads] == [(record.id, record.key, record.slices) for record in made]
+    assert heads == [lines.head(line) for line in leaf.split(b"\n")[:-1]]

@@ -1,6 +1,7 @@
 """Parsing as a map: what is parsed again and what is not, and the cleaning steps as they meet in the records."""
 
 import pickle
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,3 +314,14 @@ def test_sources_carry_their_licence_and_date(raw: MakeRaw) -> None:
     result = raw({"a.jsonl": jsonl(row("x"))}).records(source)
     assert (result.sources[0].license, result.sources[0].date) == ("CC-BY-4.0", "2026-10-01")
     assert manifest.format_of("a.jsonl") == "jsonl"
+
+
+def test_no_thread_is_left_of_a_file_that_was_read_or_refused(raw: Callable[[Mapping[str, bytes]], Raw]) -> None:
+    """Each file is hashed by a thread of its own; a snapshot may have ten thousand of them."""
+    made = raw({f"{name}.jsonl": jsonl(row(f"question {name}")) for name in range(12)})
+    before = threading.active_count()
+    made.records()
+    made.files["3.jsonl"] += b" "
+    with pytest.raises(SourceError, match="changed after it was hashed"):
+        made.records()
+    assert threading.active_count() == before
