@@ -4,7 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from repro_assets.data import diff, lines
@@ -158,6 +158,7 @@ def test_a_frequent_token_does_not_hide_what_is_common() -> None:
 LABEL = st.sampled_from(["slices", "messages", "id", 'a","slices":{', "x"]) | st.text(max_size=5)
 
 
+@example(rows=[("a", None)], slices={"id": "x", "slices": "y"})
 @given(st.lists(st.tuples(st.text(), st.none() | LABEL | st.text()), min_size=1, max_size=4), st.dictionaries(LABEL, LABEL, max_size=3))
 def test_a_line_without_its_messages_has_everything_else(rows: list[tuple[str, str | None]], slices: dict[str, str]) -> None:
     """Whatever user text, keys and labels look like."""
