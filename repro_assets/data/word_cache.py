@@ -1,10 +1,11 @@
 """The reference tokenizer behind a cache of words: ids that the library gave to a word are not asked for again.
 
 Sound where a text may be cut between words before it is tokenised. Which tokenizers may be, and how each is tried, is here; the ids are the
-library's own, so this is no engine of its own and no part of any identity.
+library's own, so this is no engine of its own and no part of any identity. REPRO_WORD_CACHE=off does without, for who would rather see that.
 """
 
 import hashlib
+import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -119,9 +120,9 @@ class WordCache:
 
 
 def admit(reference: Reference, definition: Mapping[str, Any]) -> WordCache | None:
-    """The cache when the tokenizer can be cut between words: by what it is made of, by its vocabulary, in which no token goes over a cut, so
+    """The cache when it is wanted and the tokenizer can be cut between words: by what it is made of, by its vocabulary, in which no token goes over a cut, so
     that no merge does, and by its ids on strings full of cuts, since patterns may look at what stands around them."""
-    if not cuttable(definition) or crossing(reference):
+    if os.environ.get("REPRO_WORD_CACHE") == "off" or not cuttable(definition) or crossing(reference):
         return None
     controls = [token["content"] for token in definition.get("added_tokens") or []]
     cache = WordCache(reference, controls)

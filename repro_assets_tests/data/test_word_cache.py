@@ -267,7 +267,7 @@ def test_shards_are_the_same_with_and_without_the_cache(
     cached, _observed = sharding.build(chats, base_model, ShardingSection(), store)
     assert used
     used.clear()
-    monkeypatch.setattr(word_cache, "WORTHWHILE", 1 << 40)
+    monkeypatch.setenv("REPRO_WORD_CACHE", "off")
     plain, _observed = sharding.build(chats, base_model, ShardingSection(), store)
     assert not used
     assert cached == plain
