@@ -48,6 +48,13 @@ def test_an_item_inside_a_longer_prompt_is_found_by_ngrams_and_not_by_exact_comp
     assert found("ngram", longer, "something else", ITEM) == "100 % of the 13-grams of the evaluation item gsm8k/1"
 
 
+def test_an_item_shorter_than_an_ngram_is_compared_whole_only() -> None:
+    """Else a greeting that is an item would take out every conversation that happens to say no more than that."""
+    across = (Message(content="hello", role="user"), Message(content="there", role="assistant"))
+    assert found("ngram", across, "hello there", ITEM) is None
+    assert found("ngram", turns("hello there"), "hello there", ITEM) == "the prompt is the evaluation item gsm8k/0"
+
+
 def test_ngrams_are_looked_for_in_every_turn_and_in_text_records() -> None:
     quoted = (Message(content="ask me", role="user"), Message(content=f"The question was: {ITEM}", role="assistant"))
     detail = "100 % of the 13-grams of the evaluation item gsm8k/0"

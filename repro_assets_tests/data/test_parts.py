@@ -316,6 +316,22 @@ def test_sources_carry_their_licence_and_date(raw: MakeRaw) -> None:
     assert manifest.format_of("a.jsonl") == "jsonl"
 
 
+def test_the_text_of_unchanged_rows_comes_from_the_leaves_and_not_from_the_raw_file_again(
+    raw: MakeRaw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = questions("a", 200)
+    before = raw({"a.jsonl": jsonl(*rows)}).both(SECTION)
+    rows[77] = row("another one")
+    now = raw({"a.jsonl": jsonl(*rows)})
+    opened: list[str] = []
+    whole = Raw.open
+    monkeypatch.setattr(Raw, "open", lambda self, file: opened.append(file.path) or whole(self, file))
+    made, observed = now.both(SECTION, previous=before)
+    assert opened == ["a.jsonl"]
+    assert 0 < observed.leaves_new < observed.leaves_known
+    assert made == raw({"a.jsonl": jsonl(*rows)}).records(SECTION)
+
+
 def test_no_thread_is_left_of_a_file_that_was_read_or_refused(raw: Callable[[Mapping[str, bytes]], Raw]) -> None:
     """Each file is hashed by a thread of its own; a snapshot may have ten thousand of them."""
     made = raw({f"{name}.jsonl": jsonl(row(f"question {name}")) for name in range(12)})
