@@ -121,6 +121,14 @@ def test_of_a_run_of_edits_without_keys_the_first_became_the_first(store: Counte
     assert found.records.added == ()
 
 
+def test_what_went_after_one_record_and_came_after_another_is_no_edit(store: Counted) -> None:
+    old = state(store, NUMBERS, KEYLESS)[1]
+    rows = [*NUMBERS[:20], *NUMBERS[21:40], NUMBERS[40], row("new"), *NUMBERS[42:]]  # without 20; 41 edited
+    found = diff.records(old, state(store, rows, KEYLESS)[1], store)
+    assert found.edits == (diff.Edit("a.jsonl:41", id_of(NUMBERS[41], store), id_of(row("new"), store)),)
+    assert found.records.removed == (id_of(NUMBERS[20], store),)
+
+
 def test_several_records_with_one_key_are_paired_one_by_one(store: Counted) -> None:
     old = state(store, [row("a", key="same"), row("b", key="same"), *NUMBERS])[1]
     new = state(store, [row("c", key="same"), *NUMBERS])[1]

@@ -61,7 +61,23 @@ def test_a_leaf_comes_back_from_its_stored_form(rows: list[tuple[list[int], str 
     assert [spans.tolist() for spans in back.spans] == [[[1, len(ids)]] if len(ids) > 1 else [] for ids, _key, _slices, _cut in rows]
     assert back.records == [hashlib.sha256(str(number).encode()).hexdigest() for number in range(len(rows))]
     assert back.lengths.tolist() == [len(ids) for ids, _key, _slices, _cut in rows]
+    assert leaves.token_digests(back) == [leaves.token_digest(*row) for row in zip(leaf.ids, leaf.spans, strict=True)]
+    assert leaves.token_digests(back) == [bytes(row) for row in leaf.token]
     assert back.trained.tolist() == [len(ids) - 1 for ids, _key, _slices, _cut in rows]
+
+
+@pytest.mark.parametrize("column", ["record", "token", "cut", "spans"])
+def test_a_stored_leaf_with_a_column_of_another_type_is_refused(column: str) -> None:
+    leaf = leaf_of([([1, 2, 3], None, {}, 0)], 2)
+    batch = pa.ipc.open_stream(pa.BufferReader(leaves.store_form(leaf))).read_next_batch()
+    other = {"record": pa.binary(16), "token": pa.binary(16), "cut": pa.uint64(), "spans": pa.list_(pa.uint64())}[column]
+    value = {"record": bytes(16), "token": bytes(16), "cut": 0, "spans": [1, 3]}[column]
+    changed = batch.set_column(batch.schema.get_field_index(column), column, pa.array([value], other))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, changed.schema) as writer:
+        writer.write_batch(changed)
+    with pytest.raises(LeafError, match="where 1|where 32"):
+        leaves.load(bytes(sink.getvalue()), leaves.identity(leaf))
 
 
 def test_the_token_digest_does_not_depend_on_the_width_and_does_on_ids_and_spans() -> None:
