@@ -17,7 +17,6 @@ from repro_assets.data.near import Hashes, grams_of, word_grams
 from repro_assets.recipe import RecordsSection
 
 _FILTER_BITS = 20
-_HEAD = 128  # characters that hold the first words of nearly every text
 
 
 class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -123,11 +122,8 @@ class Evaluated:
         return None
 
     def _begins(self, text: str) -> bool:
-        """Whether some item begins as the text does; most texts need not be folded whole to know that they are no item."""
-        if len(text) <= _HEAD:
-            return True
-        words = normal_text(text[:_HEAD]).split(" ", 4)
-        return len(words) < 5 or " ".join(words[:3]) in self._starts
+        """Whether some item begins with the text's first three words; most texts need not be folded whole to know that they are no item."""
+        return normal_text(" ".join(text.split(None, 3)[:3])) in self._starts
 
     def _share(self, grams: set[int]) -> str | None:
         """What is said of a record that has these n-grams of items."""

@@ -1,5 +1,7 @@
 """Contamination: items found word for word and by n-grams, at the limits of share and length, in every kind of record."""
 
+import unicodedata
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -40,6 +42,18 @@ def test_an_item_is_found_whatever_its_case_and_spaces_in_a_turn_or_in_the_turns
         assert found(kind, (Message(content="what is 2+2?", role="text"),), "What is 2+2?") == detail
         assert found(kind, turns("What is 2+3?"), "What is 2+2?") is None
     assert found("off", turns("What is 2+2?"), "What is 2+2?") is None
+
+
+@given(
+    st.lists(st.text(st.sampled_from("aBς\u0301\u0130ßé你\u1100\u1161.")) | st.text(max_size=6), min_size=1, max_size=6),
+    st.sampled_from([" ", "  ", "\n", "\u2003", "\x1f", "\u00a0 "]),
+    st.booleans(),
+)
+def test_a_prompt_that_folds_to_an_item_is_found_however_it_is_written(words: list[str], between: str, upper: bool) -> None:
+    text = between.join(words)
+    written = unicodedata.normalize("NFD", text.upper() if upper else text)
+    if normal_text(text) and normal_text(text) == normal_text(written):
+        assert found("exact", turns(written), text) == "the prompt is the evaluation item gsm8k/0"
 
 
 def test_an_item_inside_a_longer_prompt_is_found_by_ngrams_and_not_by_exact_comparison() -> None:
