@@ -19,6 +19,8 @@ from repro_assets.data.engines import Reference
 
 #: words kept, and as many of those met before them; about 150 bytes each
 WORDS = 200_000
+#: characters of a word that is kept: scripts that write no spaces have whole paragraphs for words, which seldom come again
+LONGEST = 48
 #: records after which trying a tokenizer pays: it costs about as much as tokenising them
 WORTHWHILE = 2000
 SEAM_STRINGS = 400
@@ -45,6 +47,8 @@ class _Words(dict[str, bytes]):
         return self.keep(word, self._before.get(word) or self._made(word))
 
     def keep(self, word: str, ids: bytes) -> bytes:
+        if len(word) > LONGEST:
+            return ids
         if len(self) >= WORDS:
             # What is still met comes back from the older half, one by one.
             self._before = dict(self)
@@ -113,15 +117,16 @@ class WordCache:
     def _asked(self, piece: str) -> bytes:
         found = self._library.encode(piece, add_special_tokens=False).ids
         ids = struct.pack(f"<{len(found)}I", *found)
-        if len(self._pieces) >= WORDS:
-            self._pieces.clear()
-        self._pieces[piece] = ids
+        if len(piece) <= LONGEST:
+            if len(self._pieces) >= WORDS:
+                self._pieces.clear()
+            self._pieces[piece] = ids
         return ids
 
 
 def admit(reference: Reference, definition: Mapping[str, Any]) -> WordCache | None:
-    """The cache when it is wanted and the tokenizer can be cut between words: by what it is made of, by its vocabulary, in which no token goes over a cut, so
-    that no merge does, and by its ids on strings full of cuts, since patterns may look at what stands around them."""
+    """The cache when it is wanted and the tokenizer can be cut between words: by what it is made of, by its vocabulary, in which no token goes
+    over a cut, so that no merge does, and by its ids on strings full of cuts, since patterns may look at what stands around them."""
     if os.environ.get("REPRO_WORD_CACHE") == "off" or not cuttable(definition) or crossing(reference):
         return None
     controls = [token["content"] for token in definition.get("added_tokens") or []]

@@ -168,6 +168,16 @@ def test_memory_is_bounded_and_what_was_forgotten_comes_back(
     assert len(made) > 300
 
 
+def test_text_without_spaces_does_not_fill_the_memory(pairs: dict[str, tuple[Reference, WordCache]]) -> None:
+    reference, _cache = pairs["gpt-2"]
+    cache = WordCache(reference, CONTROLS)
+    texts = ["你好世界" * 40 + f"{n}。" + "再见" * 30 + f"{n}\n\x00{n}" * (n % 2) for n in range(300)]
+    assert engines.difference(reference, cache, texts) is None
+    kept = [*cache._words, *cache._pieces]
+    assert sum(map(len, kept)) < 10_000
+    assert max(map(len, kept), default=0) <= word_cache.LONGEST
+
+
 def changed(definition: dict[str, Any], **token: Any) -> dict[str, Any]:
     added = [{**one, **(token if one["content"] == "<|user|>" else {})} for one in definition["added_tokens"]]
     return {**definition, "added_tokens": added}
