@@ -106,8 +106,9 @@ class Spawn:
                     deaths += 1
                     if deaths > DEATHS:
                         raise WorkerLost(
-                            f"worker processes died {deaths} times at the unit {held[0]!r:.200}: most often the machine ran out of memory; "
-                            "set REPRO_DATA_WORKERS to a smaller number, or look at the system's log"
+                            f"worker processes died {deaths} times at the unit {held[0]!r:.200}: most often the machine ran out of memory, or "
+                            "the calling script starts work without `if __name__ == '__main__'`; set REPRO_DATA_WORKERS to a smaller number, "
+                            "or look at the system's log"
                         ) from None
                     pool.shutdown(wait=True)
                     pool = self._pool(task)
