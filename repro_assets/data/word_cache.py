@@ -31,12 +31,10 @@ _SINGLE_SPACES = re.compile(r"(?<=\S) (?=\S)")
 _CUTS = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W_])(?=[,.:;!?\s])")
 
 
-class _Torn(Exception):
-    """A cut beside more white space: pre-tokenisers take runs of it apart by what stands behind."""
-
-
 class _Words(dict[str, bytes]):
-    """A word between cuts, marked `_BARE` when no space stands before it, to its ids as little-endian uint32."""
+    """A word between cuts, marked `_BARE` when no space stands before it, to its ids as little-endian uint32.
+
+    KeyError for a cut beside more white space: pre-tokenisers take runs of it apart by what stands behind."""
 
     def __init__(self, cache: "WordCache") -> None:
         super().__init__()
@@ -60,7 +58,7 @@ class _Words(dict[str, bytes]):
         bare = word.startswith(_BARE)
         inner = word[bare:].removesuffix("\n")
         if not inner or _white(inner[0]) or _white(inner[-1]):
-            raise _Torn
+            raise KeyError(word)
         text = word[1:] if bare else " " + word
         return self._cache.composed(text.replace(_EMPTY_LINE, "\n\n"))
 
@@ -101,7 +99,7 @@ class WordCache:
             words.pop()
         try:
             return b"".join(map(self._words.__getitem__, words))
-        except _Torn:
+        except KeyError:
             first, *rest = _SINGLE_SPACES.split(text)
             known, keep = self._words.get, self._words.keep
             return self.composed(first) + b"".join([known(word) or keep(word, self.composed(" " + word)) for word in rest])

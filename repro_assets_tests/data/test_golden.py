@@ -142,7 +142,7 @@ def test_another_cleaning_is_named_with_message_and_character(world: World, monk
         return messages, steps
 
     monkeypatch.setattr(parts, "clean", other)
-    monkeypatch.setattr(parts, "untouched", lambda said, section: False)
+    monkeypatch.setattr(parts, "untouched", lambda *_how: False)
     found = only(world.run(60)[2])
     assert (found.where, found.stage) == ("a.jsonl:6", "cleaning")
     assert found.detail == "message 1 (user): the texts differ from character 9 on"
