@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,7 +20,7 @@ from repro_assets.data.engines import EngineMismatch
 from repro_assets.data.errors import DataError, LeafError, WorkerLost
 from repro_assets.data.leaves import Leaf
 from repro_assets.data.lines import Head, Record
-from repro_assets.data.tokenizing import Codec, Tokens, load
+from repro_assets.data.tokenizing import FILES, Codec, Tokens, load
 from repro_assets.data.workers import WORTHWHILE as READING_WORTHWHILE
 from repro_assets.data.workers import Serial, Workers
 from repro_assets.documents import BaseModel, Engine, RecordLeaf, Records, Shards, ShardsObserved, TokenLeaf
@@ -231,6 +232,9 @@ class _Known:
             yield _Unit(leaf, tuple((gone[at][0].sha256, gone[at][1]) for at in sorted(at for at in found if at is not None)))
 
 
+_kept: dict[Any, Codec] = {}
+
+
 @dataclass(frozen=True)
 class Tokenise:
     """The task: one record leaf to its token leaf in the store. `refused`, `tried`: see `Codec`."""
@@ -243,7 +247,14 @@ class Tokenise:
 
     @cached_property
     def codec(self) -> Codec:
-        return load(self.store, self.base_model, self.section.engine, self.refused, self.tried)
+        """One is kept by the process: the next snapshot finds the tokenizer loaded and tried, and the words of this one."""
+        files = tuple(sorted((name, blob.sha256) for name, blob in self.base_model.model_files.items() if name in FILES))
+        key = (files, self.base_model.vocabulary, self.section.engine, self.refused, self.tried)
+        if key not in _kept:
+            codec = load(self.store, self.base_model, self.section.engine, self.refused, self.tried)
+            _kept.clear()
+            _kept[key] = codec
+        return _kept[key]
 
     @cached_property
     def _engine(self) -> Engine:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from repro_assets.data import sharding
 from repro_assets.documents import BaseModel
 from repro_assets.trust.blob import FolderStore
 from repro_assets_tests.data.material import GSM8K, SPECIAL, TEMPLATE, Raw, base_model_of
@@ -15,6 +16,12 @@ from repro_assets_tests.data.material import GSM8K, SPECIAL, TEMPLATE, Raw, base
 # The first example of a test pays for imports, and test machines are shared: a deadline would measure neighbours.
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
+
+
+@pytest.fixture(autouse=True)
+def no_codec_of_another_test() -> None:
+    """Tests change what a codec finds when it is loaded."""
+    sharding._kept.clear()
 
 
 @pytest.fixture

@@ -255,3 +255,21 @@ def test_a_worker_with_another_tokenizer_library_is_named(
         WorkerLost, match=r"a worker tokenised with tokenizers 0\.\d+\.\d+ .*this process with tokenizers 0\.0\.1 .*same lock"
     ):
         sharding.build(made, base_model, ShardingSection(), store, workers=Spawn(1))
+
+
+def test_one_codec_serves_the_snapshots_of_a_process_until_something_of_it_changes(
+    chats: Callable[[list[str]], Records], base_model: BaseModel, tokenizer_json: bytes, store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(sharding, "load", lambda *how: loaded.append(how[2]) or load(*how))
+    first, second = chats(numbers(20)), chats(numbers(30))
+    for made in (first, second, first):
+        sharding.build(made, base_model, SECTION, store)
+    assert loaded == ["tokenizers"]
+    other = base_model_of(store, tokenizer_json, CHATML)
+    templated = sharding.build(first, other, SECTION, store)[0]
+    assert len(loaded) == 2
+    assert templated.leaves != sharding.build(first, base_model, SECTION, store)[0].leaves
+    sharding.build(first, base_model, ShardingSection(engine="fastokens"), store)
+    sharding.build(first, msgspec.structs.replace(base_model, vocabulary=701), SECTION, store)
+    assert loaded == ["tokenizers", "tokenizers", "tokenizers", "fastokens", "tokenizers"]

@@ -277,6 +277,7 @@ def test_shards_are_the_same_with_and_without_the_cache(
     cached, _observed = sharding.build(chats, base_model, ShardingSection(), store)
     assert used
     used.clear()
+    sharding._kept.clear()
     monkeypatch.setenv("REPRO_WORD_CACHE", "off")
     plain, _observed = sharding.build(chats, base_model, ShardingSection(), store)
     assert not used
@@ -297,6 +298,7 @@ def test_a_wrong_id_out_of_the_cache_in_a_sampled_record_drops_all_that_it_made(
 
     monkeypatch.setattr(word_cache, "admit", lambda reference, _definition: WordCache(reference, SPECIAL))
     monkeypatch.setattr(WordCache, "composed", wrong)
+    sharding._kept.clear()
     with pytest.raises(engines.EngineMismatch, match="the cache of words gives other tokens than tokenizers"):
         codec = Codec(tokenizer_files(store.get_bytes(base_model.model_files["tokenizer.json"].sha256), CHATML))
         codec.tokens([record([(f"What of order {n}", "fine")]) for n in range(1000)], 100)
