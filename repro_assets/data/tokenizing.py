@@ -105,7 +105,7 @@ class Codec:
 
         Raises RenderingError naming the record; EngineMismatch when what stands in for the reference gave a sampled record other ids.
         """
-        self._hasten(len(records))
+        self._hasten(records)
         out: list[Tokens] = []
         for start in range(0, len(records), BATCH):
             batch = records[start : start + BATCH]
@@ -114,11 +114,11 @@ class Codec:
                 out.append(_cut(ids, spans, max_tokens))
         return out
 
-    def _hasten(self, count: int) -> None:
-        """Put the cache of words before the reference once enough records have come to pay for its trial."""
+    def _hasten(self, records: Sequence[Record]) -> None:
+        """Put the cache of words before the reference once enough text has come to pay for its trial."""
         if self._wait is None or self._backend is not self._reference:
             return
-        self._wait -= count
+        self._wait -= sum([len(message.content) for record in records for message in record.messages])
         if self._wait <= 0:
             self._wait = None
             self._backend = word_cache.admit(self._reference, self._definition) or self._reference

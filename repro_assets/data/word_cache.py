@@ -21,8 +21,8 @@ from repro_assets.data.engines import Reference
 WORDS = 200_000
 #: characters of a word that is kept: scripts that write no spaces have whole paragraphs for words, which seldom come again
 LONGEST = 48
-#: records after which trying a tokenizer pays: it costs about as much as tokenising them
-WORTHWHILE = 2000
+#: characters of messages after which a process tries the tokenizer: the trial and the first words cost about as much as they save on a third
+WORTHWHILE = 3_000_000
 SEAM_STRINGS = 400
 # Stand-ins in a text that is cut: for what stands before a word when that is no space, and for an empty line.
 _BARE, _EMPTY_LINE = "\x00", "\x01"

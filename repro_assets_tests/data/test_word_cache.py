@@ -270,7 +270,7 @@ def test_shards_are_the_same_with_and_without_the_cache(
     chats: Records, base_model: BaseModel, store: FolderStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S0.20: the cache is no part of any identity."""
-    monkeypatch.setattr(word_cache, "WORTHWHILE", 300)
+    monkeypatch.setattr(word_cache, "WORTHWHILE", 10_000)
     used: list[int] = []
     whole = WordCache.encode
     monkeypatch.setattr(WordCache, "encode", lambda self, texts: used.append(len(texts)) or whole(self, texts))
@@ -289,7 +289,7 @@ def test_a_wrong_id_out_of_the_cache_in_a_sampled_record_drops_all_that_it_made(
     chats: Records, base_model: BaseModel, store: FolderStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, _observed = sharding.build(chats, base_model, ShardingSection(), store)
-    monkeypatch.setattr(word_cache, "WORTHWHILE", 300)
+    monkeypatch.setattr(word_cache, "WORTHWHILE", 10_000)
     whole = WordCache.composed
 
     def wrong(cache: WordCache, text: str) -> bytes:
