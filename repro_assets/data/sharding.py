@@ -6,7 +6,7 @@ Leaves are made one by one, a pure map that may run anywhere (`workers.py`). Ids
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -117,16 +117,20 @@ def _mapped(
     # Processes of this machine take fastokens untried and start while it passes the gate here; before that nothing of theirs is used.
     sent = task if isinstance(workers, Serial) else replace(task, tried=workers.local)
     made = workers.map(sent, known.units(wanted, {leaf.blob.sha256 for leaf in records.leaves}))
-    engine = task.codec.engine()
     totals = _Totals()
-    for number, held in enumerate(taken, start=1):
-        if held is None:
-            totals.add(_checked(next(made), engine), reused=False)
-        else:
-            totals.add(_Made(held[0], held[1], held[0].untrained), reused=True)
-        if progress:
-            progress("leaves", number, len(taken))
-    assert next(made, None) is None, "the map gave more leaves than were asked for"
+    try:
+        engine = task.codec.engine()
+        for number, held in enumerate(taken, start=1):
+            if held is None:
+                totals.add(_checked(next(made), engine), reused=False)
+            else:
+                totals.add(_Made(held[0], held[1], held[0].untrained), reused=True)
+            if progress:
+                progress("leaves", number, len(taken))
+        assert next(made, None) is None, "the map gave more leaves than were asked for"
+    finally:
+        if isinstance(made, Generator):
+            made.close()  # or workers go on as long as somebody looks at the error
     return totals
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 
 from repro_assets.data import engines, leaves, lines, sharding
@@ -273,3 +274,15 @@ def test_one_codec_serves_the_snapshots_of_a_process_until_something_of_it_chang
     sharding.build(first, base_model, ShardingSection(engine="fastokens"), store)
     sharding.build(first, msgspec.structs.replace(base_model, vocabulary=701), SECTION, store)
     assert loaded == ["tokenizers", "tokenizers", "tokenizers", "fastokens", "tokenizers"]
+
+
+def test_an_error_while_workers_run_leaves_none_at_work(
+    chats: Callable[[list[str]], Records], base_model: BaseModel, store: FolderStore
+) -> None:
+    def stop(*_what: object) -> None:
+        raise RuntimeError("stopped by the user")
+
+    with pytest.raises(RuntimeError, match="stopped by the user") as caught:
+        sharding.build(chats(numbers(600)), base_model, SECTION, store, progress=stop, workers=Spawn(2))
+    assert [child.pid for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())] == []
+    assert caught.tb is not None  # held until here, with all its frames
