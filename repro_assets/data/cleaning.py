@@ -56,23 +56,23 @@ def untouched(said: bytes, messages: tuple[Message, ...], section: RecordsSectio
     if b"\\" in rest and _ESCAPED.search(said):
         return False
     text = rest.decode("utf-8")
-    harmless = _HARMLESS if mode != "collapse" else _HARMLESS_IN_LINES
-    return harmless.issuperset(text) or _all_harmless(text, harmless)
+    collapse = mode == "collapse"
+    return _HARMLESS[collapse].issuperset(text) or _all_harmless(text, collapse)
 
 
 _ASCII = bytes({*range(127)} - {ord("\\")})
 _ESCAPED = re.compile(rb"\\[^nrt\"\\]")  # of the characters that JSON escapes, all but these are controls
-_HARMLESS = {"\\"}  # characters seen so far in this process that no step touches, wherever they stand
-_HARMLESS_IN_LINES = {"\\"}  # the same when runs of blanks are collapsed
+#: by whether runs of blanks are collapsed: characters seen so far in this process that no step touches, wherever they stand
+_HARMLESS = {False: {"\\"}, True: {"\\"}}
 
 
-def _all_harmless(text: str, harmless: set[str]) -> bool:
-    for character in set(text) - harmless:
+def _all_harmless(text: str, collapse: bool) -> bool:
+    for character in set(text) - _HARMLESS[collapse]:
         if _ALL.search(character) or not unicodedata.is_normalized("NFC", character) or composes(character):
             return False
-        if harmless is _HARMLESS_IN_LINES and _BLANKS.search(character):
+        if collapse and _BLANKS.search(character):
             return False
-        harmless.add(character)
+        _HARMLESS[collapse].add(character)
     return True
 
 

@@ -60,7 +60,10 @@ def every(stream: BinaryIO, row_limit: int) -> Iterator[Piece]:
 
 def numbered(stream: BinaryIO, row_limit: int) -> Iterator[Piece]:
     """Every line that is not white space only."""
-    return (piece for piece in every(stream, row_limit) if piece[3] is None or (piece[3] and not piece[3].isspace()))
+    for piece in every(stream, row_limit):
+        data = piece.data
+        if data is None or (data and not data.isspace()):
+            yield piece
 
 
 def paragraphs(stream: BinaryIO, row_limit: int) -> Iterator[Piece]:

@@ -48,12 +48,7 @@ class _Flag(msgspec.Struct, frozen=True):
 
 
 def _cut(
-    table: Table,
-    kept: NDArray[np.int64],
-    section: RecordsSection,
-    known: dict[str, RecordLeaf],
-    store: BlobStore,
-    texts: Texts,
+    table: Table, kept: NDArray[np.int64], section: RecordsSection, known: dict[str, RecordLeaf], store: BlobStore, texts: Texts
 ) -> tuple[list[RecordLeaf], int]:
     """Leaves of each split, and how many were there before. The text of a known leaf is not fetched."""
     leaves: list[RecordLeaf] = []

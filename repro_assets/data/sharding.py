@@ -211,9 +211,8 @@ class _Known:
             return
         shards, observed = previous
         model, codec = task.base_model, task.codec
-        if (shards.engine, shards.tokenizer, shards.template, shards.width) != (
-            *(codec.engine(), model.tokenizer, model.template, codec.width),
-        ):
+        now = (codec.engine(), model.tokenizer, model.template, codec.width)
+        if (shards.engine, shards.tokenizer, shards.template, shards.width) != now:
             return
         there = {entry.sha256: observed.stored[entry.sha256] for entry in shards.leaves if entry.sha256 in observed.stored}
         missing = self.store.missing({blob.sha256 for blob in there.values()})

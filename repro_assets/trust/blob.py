@@ -104,7 +104,7 @@ class FolderStore:
         return self.put_bytes(Path(path).read_bytes())
 
     def put_many(self, items: Iterable[bytes | Path]) -> list[Blob]:
-        return list(ordered(lambda item: self.put_bytes(item) if isinstance(item, bytes) else self.put_file(item), items, THREADS, AHEAD))
+        return put_all(self, items, THREADS, AHEAD)
 
     def get_bytes(self, digest: str) -> bytes:
         try:
@@ -148,6 +148,11 @@ def ordered(function: Callable[[Item], Result], items: Iterable[Item], threads: 
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def put_all(store: BlobStore, items: Iterable[bytes | Path], threads: int, ahead: int) -> list[Blob]:
+    """What `put_many` of a store does: each item by its kind, in threads."""
+    return list(ordered(lambda item: store.put_bytes(item) if isinstance(item, bytes) else store.put_file(item), items, threads, ahead))
 
 
 def named(files: Mapping[str, Blob]) -> dict[str, Blob]:

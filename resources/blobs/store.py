@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, cast
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from repro_assets.trust.blob import HEX, Blob, BlobDamaged, BlobMissing, ordered
+from repro_assets.trust.blob import HEX, Blob, BlobDamaged, BlobMissing, ordered, put_all
 from repro_assets.trust.canonical import sha256
 from resources.blobs.cache import Cache, Part
 from resources.blobs.s3 import BROKEN_BODY, CHUNK, RESUMES, Body, make_client, status_of, store_once, typed_errors, unavailable
@@ -103,7 +103,7 @@ class Blobs:
 
     def put_many(self, items: Iterable[bytes | Path]) -> list[Blob]:
         """Concurrent put; the result is in the order of `items`, which may be a generator larger than memory."""
-        return list(ordered(lambda item: self.put_bytes(item) if isinstance(item, bytes) else self.put_file(item), items, THREADS, AHEAD))
+        return put_all(self, items, THREADS, AHEAD)
 
     def _there(self, blob: Blob) -> bool:
         return blob.size >= LOOK_FIRST and self.exists(blob.sha256)
